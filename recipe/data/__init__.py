@@ -1,0 +1,1 @@
+"""Rows → spans → token ids with an exact mask → one flattened batch."""

@@ -1,0 +1,1 @@
+"""Checkpoint → tokenizer, base model, LoRA; attention that cannot cross rows."""

@@ -1,0 +1,97 @@
+"""A checkpoint becomes a tokenizer and a base model; nothing is repaired on the way."""
+
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from recipe.model import attention
+from recipe.settings import ModelSettings, UserError
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded, or it has no EOS token to train.
+    """
+    _check_folder(settings)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.name_or_path, revision=settings.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable(settings, "tokenizer", error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError.single(
+            "model.name_or_path",
+            f"the tokenizer of {settings.name_or_path} has no EOS token, so no model trained with "
+            "it would learn to stop. Set eos_token in its tokenizer_config.json.",
+        )
+    return tokenizer
+
+
+def load_base(settings: ModelSettings) -> LlamaForCausalLM:
+    """The frozen base in ``settings.dtype``, from safetensors alone, quantised where asked.
+
+    Raises:
+        UserError: no such checkpoint, no Llama architecture, or no safetensors weights.
+    """
+    _check_folder(settings)
+    if settings.attn_implementation == attention.PER_ROW_SDPA:
+        attention.register()
+    try:
+        config = AutoConfig.from_pretrained(
+            settings.name_or_path, revision=settings.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable(settings, "config", error) from error
+    if config.model_type != "llama":
+        raise UserError.single(
+            "model.name_or_path",
+            f"{settings.name_or_path} is a {config.model_type!r} model; this recipe trains "
+            "LlamaForCausalLM checkpoints. Name one of those.",
+        )
+    quantization = settings.quantization
+    try:
+        model = LlamaForCausalLM.from_pretrained(
+            settings.name_or_path,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _unloadable(settings, "weights", error) from error
+    # A cache would be filled and thrown away at each training step.
+    model.config.use_cache = False
+    return model
+
+
+def _check_folder(settings: ModelSettings) -> None:
+    """A path that is no folder must not be asked of the hub: that would be a network call."""
+    name = settings.name_or_path
+    folder = Path(name)
+    looks_local = name.startswith(("models/", "runs/", "./", "../", "/", "~")) or len(folder.parts) > 2
+    if looks_local and not folder.is_dir():
+        raise UserError.single(
+            "model.name_or_path",
+            f"no folder {name} (looked from {Path.cwd()}). Correct the path; the starter model "
+            "comes from `make setup`.",
+        )
+
+
+def _unloadable(settings: ModelSettings, what: str, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0]
+    return UserError.single(
+        "model.name_or_path",
+        f"the {what} of {settings.name_or_path} could not be loaded ({reason}). Correct the name "
+        "or path; a gated model needs `hf auth login` and its licence accepted.",
+    )

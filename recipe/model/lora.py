@@ -1,0 +1,123 @@
+"""LoRA on a base model: any field of ``peft.LoraConfig``, counted against the closed form."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from recipe.settings import UserError
+
+# These write part of the base's weights into the adapter at its start and change the base.
+_CHANGES_BASE = ("pissa", "olora")
+
+
+def add_lora(base: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
+    """Wrap ``base`` with a fresh adapter; the base is frozen, the adapter is float32.
+
+    Raises:
+        UserError: a value that LoraConfig or the base refuses; an unknown target module is told
+            with the modules that could be meant.
+    """
+    try:
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+    except (ValueError, TypeError) as error:
+        raise UserError.single("lora", f"peft refuses it: {error}") from error
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise UserError.single("lora", f"peft refuses it: {error}") from error
+        possible = sorted(
+            {name.split(".")[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+        )
+        raise UserError.single(
+            "lora.target_modules",
+            f"{lora.get('target_modules')} matches no module of this model. Choose among "
+            f"{', '.join(possible)}, or write all-linear.",
+        ) from error
+    check_closed_form(model)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many parameters get a gradient."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def total_parameters(model: nn.Module) -> int:
+    """Parameters of the base; a 4-bit weight, stored two to a byte, counts what it stands for."""
+    return sum(
+        p.numel() * (2 if type(p).__name__ == "Params4bit" and p.dtype == torch.uint8 else 1)
+        for name, p in model.named_parameters()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    )
+
+
+def closed_form(model: nn.Module) -> int:
+    """Parameters that plain LoRA adds: the sum of r·(in + out) over the target matrices.
+
+    Hu et al. 2021, arXiv 2106.09685, section 4.1: ΔW = BA with B of (out, r) and A of (r, in).
+    """
+    return sum(
+        rank * (layer.in_features + layer.out_features)
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        for rank in layer.r.values()
+    )
+
+
+def check_closed_form(model: PeftModel) -> None:
+    """Count the LoRA matrices that were made and compare them with the closed form."""
+    made = sum(
+        p.numel() for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name
+    ) + sum(p.numel() for name, p in model.named_parameters() if ".lora_embedding_" in name)
+    if made != closed_form(model):
+        raise AssertionError(f"{made} LoRA parameters, but r·(in + out) gives {closed_form(model)}")
+
+
+def save_portable(model: PeftModel, folder: Path, initial: Path | None) -> None:
+    """Write the adapter as plain PEFT files that work on the unchanged base.
+
+    Args:
+        initial: what ``save_initial`` wrote; PiSSA and OLoRA trained on a changed base, so their
+            start is subtracted and the adapter becomes a plain LoRA of twice the rank.
+    """
+    model.save_pretrained(
+        str(folder),
+        safe_serialization=True,
+        path_initial_model_for_weight_conversion=str(initial) if initial else None,
+        # "auto" would ask the hub for the vocabulary size of the base.
+        save_embedding_layers=False,
+    )
+
+
+def save_initial(model: PeftModel) -> tempfile.TemporaryDirectory[str] | None:
+    """Keep the start of an adapter whose initialisation changed the base; None for all others."""
+    config = model.peft_config["default"]
+    kind = config.init_lora_weights
+    if not isinstance(kind, str) or not kind.startswith(_CHANGES_BASE):
+        return None
+    kept = tempfile.TemporaryDirectory(prefix="recipe-initial-")
+    # peft subtracts the start only if it is labelled as an ordinary adapter.
+    config.init_lora_weights = True
+    model.save_pretrained(kept.name, safe_serialization=True)
+    config.init_lora_weights = kind
+    return kept
+
+
+def dtype_plan(model: PeftModel, *, fp16: bool, bf16: bool) -> dict[str, str]:
+    """Which dtype holds the base, the adapter and the computation, for the screen and manifest."""
+
+    def dtypes(trainable: bool) -> str:
+        found = {p.dtype for p in model.parameters() if p.requires_grad == trainable}
+        return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+
+    base = dtypes(trainable=False)
+    compute = "float16 autocast" if fp16 else "bfloat16 autocast" if bf16 else f"as stored ({base})"
+    return {"base": base, "adapter": dtypes(trainable=True), "compute": compute}

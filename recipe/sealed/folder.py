@@ -1,0 +1,92 @@
+"""A folder is written beside its final place, hashed, flushed and renamed: whole or absent.
+
+The hashes stay inside as ``sha256.json``, so that anyone can tell later whether a file changed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SEAL = "sha256.json"
+_CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``; when the block ends well, seal it and rename it.
+
+    On any exception (Ctrl-C too) the staged folder is removed and ``path`` stays as it was.
+
+    Raises:
+        FileExistsError: ``path`` is there already; nothing is ever overwritten.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The same parent, so the rename never crosses a file system.
+    staged = path.parent / f".{path.name}.partial-{os.getpid()}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        yield staged
+        seal(staged)
+        staged.rename(path)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    _flush(path.parent)
+
+
+def seal(folder: Path) -> None:
+    """Flush every file of ``folder`` to disk and write their sizes and hashes beside them."""
+    hashes = {name: _sha256(folder / name) for name in _files(folder)}
+    for name in hashes:
+        _flush(folder / name)
+    staged = folder / f".{SEAL}.partial"
+    staged.write_text(json.dumps(hashes, indent=1) + "\n")
+    _flush(staged)
+    staged.rename(folder / SEAL)
+    _flush(folder)
+
+
+def damage(folder: Path) -> list[str]:
+    """Say what differs between ``folder`` and its seal; an empty list means it is whole."""
+    try:
+        sealed = json.loads((folder / SEAL).read_text())
+    except FileNotFoundError:
+        return [f"{folder / SEAL}: missing, so nothing proves that the folder is whole"]
+    except ValueError:
+        return [f"{folder / SEAL}: not readable as JSON"]
+    if not isinstance(sealed, dict) or not sealed:
+        return [f"{folder / SEAL}: not a table of hashes"]
+    problems = [f"{folder / name}: missing" for name in sealed if not (folder / name).is_file()]
+    return problems + [
+        f"{folder / name}: changed since it was written"
+        for name, sha256 in sealed.items()
+        if (folder / name).is_file() and _sha256(folder / name) != sha256
+    ]
+
+
+def _files(folder: Path) -> list[str]:
+    found = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return sorted(file.as_posix() for file in found if file.name != SEAL)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,30 @@
+"""YAML and overrides → frozen settings, or every problem at once.
+
+Imports no library that it validates against: a mistake is told in a fraction of a second.
+"""
+
+from recipe.settings.dump import dump
+from recipe.settings.load import find_config, load_settings
+from recipe.settings.option import Absent, Option
+from recipe.settings.problem import Problem, RunFailed, UserError
+from recipe.settings.row_range import row_range
+from recipe.settings.schema import DataSettings, ModelSettings, Settings, plain
+from recipe.settings.sections import SECTIONS, options
+
+__all__ = [
+    "SECTIONS",
+    "Absent",
+    "DataSettings",
+    "ModelSettings",
+    "Option",
+    "Problem",
+    "RunFailed",
+    "Settings",
+    "UserError",
+    "dump",
+    "find_config",
+    "load_settings",
+    "options",
+    "plain",
+    "row_range",
+]

@@ -1,0 +1,48 @@
+"""``Settings`` → YAML that ``load_settings`` reads back to equal settings."""
+
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from recipe.settings.schema import Settings, plain
+from recipe.settings.yaml_text import plain_scalar
+
+# They belong to one run, and the file is there to start another.
+_OF_ONE_RUN = ("output_dir", "resume_from_checkpoint")
+
+
+def dump(settings: Settings) -> str:
+    """The config that repeats this run, without its output folder and the checkpoint it resumed."""
+    training = {k: v for k, v in plain(settings.training).items() if k not in _OF_ONE_RUN}
+    values = {
+        "name": settings.name,
+        "model": _given(settings.model),
+        "data": _given(settings.data),
+        "lora": plain(settings.lora),
+        "training": training,
+    }
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _given(section: BaseModel) -> dict[str, Any]:
+    return {key: plain(value) for key, value in section if value is not None}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what our reader would take for a number, and writes no aliases, which it refuses."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        is_plain = plain_scalar(text) == text
+    except ValueError:
+        is_plain = False
+    tag = "tag:yaml.org,2002:str"
+    return dumper.represent_scalar(tag, text, style=None if is_plain else "'")
+
+
+_Dumper.add_representer(str, _represent_text)

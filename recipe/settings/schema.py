@@ -1,0 +1,119 @@
+"""What a run's settings are, once they are valid. Nothing here can be changed afterwards."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, MinLen
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
+
+from recipe.settings.option import Absent, Option, Shown
+from recipe.settings.row_range import row_range
+
+
+def freeze(value: Any) -> Any:
+    """Read-only all the way down: mappings become proxies, lists tuples."""
+    if isinstance(value, Mapping):
+        return MappingProxyType({key: freeze(item) for key, item in value.items()})
+    return tuple(freeze(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def plain(value: Any) -> Any:
+    """The opposite of ``freeze``: dicts and lists, as the libraries and JSON want them."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _checked_range(text: str) -> str:
+    row_range(text)
+    return text
+
+
+Frozen = Annotated[Mapping[str, Any], AfterValidator(freeze), PlainSerializer(plain)]
+NonEmpty = Annotated[str, MinLen(1)]
+RowRange = Annotated[
+    str,
+    AfterValidator(_checked_range),
+    Shown("a range of rows such as '0:200', '200:' or ':200', the first below the second"),
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSettings(_Section):
+    """Which checkpoint is adapted, and how it is held in memory."""
+
+    name_or_path: NonEmpty = Field(
+        description="Hub id, local folder, or what recipe/convert.py made."
+    )
+    revision: NonEmpty | None = Field(
+        default=None, description="Branch, tag or commit of a hub id; null is its main branch."
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto", description="Type of the base's weights; auto is the checkpoint's own."
+    )
+    attn_implementation: Literal["per_row_sdpa", "sdpa", "eager"] = Field(
+        default="per_row_sdpa",
+        description="per_row_sdpa computes each row of a flattened batch on its own; the others "
+        "compute one masked matrix over all rows.",
+    )
+    quantization: Frozen | None = Field(
+        default=None,
+        description="Fields of transformers.BitsAndBytesConfig, with load_in_4bit or "
+        "load_in_8bit set; null leaves the base as it is.",
+    )
+
+
+class DataSettings(_Section):
+    """Which rows are trained on, and how they become tokens."""
+
+    path: NonEmpty = Field(description="Local .json or .jsonl file, or the hub id of a dataset.")
+    split: NonEmpty = Field(default="train", description="Split of a hub dataset.")
+    rows: RowRange | None = Field(
+        default=None, description="Rows to train on, counted from 0; null is all of them."
+    )
+    held_out: RowRange | None = Field(
+        default=None, description="Rows to evaluate on, which must not be among data.rows."
+    )
+    format: Literal["alpaca"] | None = Field(
+        default=None, description="Meaning of the columns; null finds out from their names."
+    )
+    template: Literal["alpaca", "chat"] = Field(
+        default="alpaca",
+        description="Text around instruction and answer; chat is the tokenizer's own template.",
+    )
+    max_length: Annotated[int, Ge(8)] | None = Field(
+        default=None, description="Most tokens a row may have; null sets no limit."
+    )
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        default="error", description="What happens to a row above data.max_length."
+    )
+
+
+class Settings(_Section):
+    """One run. ``lora`` and ``training`` hold what the config says, without library defaults."""
+
+    name: NonEmpty = Field(description="Names the run folder; the config's file name by default.")
+    model: ModelSettings
+    data: DataSettings
+    lora: Frozen = Field(description="Fields of peft.LoraConfig.")
+    training: Frozen = Field(
+        default_factory=lambda: MappingProxyType({}),
+        description="Fields of transformers.TrainingArguments.",
+    )
+
+
+def options_of(model: type[BaseModel]) -> dict[str, Option]:
+    """A model's fields as options."""
+    return {
+        name: Option(
+            name,
+            Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation,
+            Absent.REQUIRED if field.is_required() else field.default,
+            field.description or "",
+        )
+        for name, field in model.model_fields.items()
+    }

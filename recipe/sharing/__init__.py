@@ -1,0 +1,1 @@
+"""The adapter's folder: plain PEFT files and ``recipe.json``."""

@@ -1,0 +1,90 @@
+"""An adapter is saved whole, reopened and checked before a run says that it succeeded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from recipe.model.lora import save_portable
+from recipe.sealed import damage, whole_folder
+from recipe.settings import RunFailed, UserError
+
+RECEIPT = "recipe.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapter(
+    model: PeftModel, folder: Path, receipt: dict[str, Any], *, initial: Path | None
+) -> None:
+    """Write the PEFT files and ``recipe.json``; the folder appears only if they reopen well.
+
+    Args:
+        receipt: what a later load needs, ``base`` and ``template`` among it.
+        initial: see ``recipe.model.lora.save_portable``.
+
+    Raises:
+        RunFailed: the files differ from the model, or hold an adapter that does nothing.
+    """
+    with whole_folder(folder) as staged:
+        save_portable(model, staged, initial)
+        (staged / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n")
+        problems = broken(model, staged, converted=initial is not None)
+        if problems:
+            raise RunFailed("the saved adapter is not usable:\n" + "\n".join(problems))
+
+
+def broken(model: PeftModel, folder: Path, *, converted: bool) -> list[str]:
+    """Say what is wrong with the adapter in ``folder``, which should be ``model``'s.
+
+    Args:
+        converted: PiSSA and OLoRA are saved with twice the rank, so values are not compared.
+    """
+    PeftConfig.from_pretrained(str(folder))
+    saved = load_file(folder / WEIGHTS)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    problems = [f"{name}: missing" for name in expected.keys() - saved.keys()]
+    problems += [f"{name}: not part of the model" for name in saved.keys() - expected.keys()]
+    for name, tensor in saved.items():
+        if not torch.isfinite(tensor).all():
+            problems.append(f"{name}: holds NaN or infinity")
+        elif "lora_B" in name and not tensor.any():
+            problems.append(f"{name}: all zero, so it changes nothing; was anything trained?")
+        elif not converted and name in expected and not torch.equal(tensor, expected[name].cpu()):
+            problems.append(f"{name}: differs from the trained values")
+    return sorted(problems)
+
+
+def read_receipt(folder: Path) -> dict[str, Any]:
+    """``recipe.json`` of an adapter whose files are whole.
+
+    Raises:
+        UserError: no adapter of this recipe is there, or a file of it changed.
+    """
+    if not (folder / RECEIPT).is_file():
+        raise UserError.single(
+            "adapter", f"{folder} holds no {RECEIPT}. Name a folder that train.py wrote."
+        )
+    problems = damage(folder)
+    if problems:
+        raise UserError.single("adapter", f"{'; '.join(problems)}. Use another copy.")
+    receipt: dict[str, Any] = json.loads((folder / RECEIPT).read_text())
+    return receipt
+
+
+def newest_adapter(runs: Path) -> Path:
+    """The adapter that was finished last under ``runs``.
+
+    Raises:
+        UserError: there is none.
+    """
+    finished = sorted(runs.glob(f"*/adapter/{RECEIPT}"), key=lambda file: file.stat().st_mtime_ns)
+    if not finished:
+        raise UserError.single(
+            "adapter",
+            f"no adapter under {runs}/ yet. Run `make train`, name one with ADAPTER=path, or ask "
+            "the base with ADAPTER=none.",
+        )
+    return finished[-1].parent

@@ -1,0 +1,1 @@
+"""Token loss, the Trainer, metrics, the run's folder."""

@@ -1,0 +1,73 @@
+"""``training:`` of the config → TrainingArguments for this process."""
+
+import os
+from typing import Any
+
+from transformers import TrainingArguments
+
+from recipe.settings import Settings, UserError
+
+# What the flattened batch, the run folder and honest logs need; the config may not change these.
+_OURS: dict[str, Any] = {
+    "remove_unused_columns": False,
+    "disable_tqdm": True,
+    # The filter replaces a NaN loss by the mean of earlier ones, and the run goes on.
+    "logging_nan_inf_filter": False,
+}
+
+
+def world_size() -> int:
+    """Processes of this run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def training_arguments(settings: Settings) -> TrainingArguments:
+    """Build TrainingArguments; the effective batch is the one that the config states.
+
+    ``gradient_accumulation_steps`` is stated for one process: N processes divide it.
+
+    Raises:
+        UserError: N does not divide it, or the library refuses a value.
+    """
+    asked = dict(settings.training)
+    asked.pop("resume_from_checkpoint", None)
+    asked["gradient_accumulation_steps"] = _accumulation(asked)
+    if asked.get("gradient_checkpointing") or asked.get("activation_checkpointing"):
+        _use_non_reentrant(asked)
+    if asked.get("eval_strategy", "no") != "no" and not settings.data.held_out:
+        raise UserError.single(
+            "training.eval_strategy",
+            "asks for evaluation, but no rows are held out. Set data.held_out, such as 200:300.",
+        )
+    asked.setdefault("report_to", "none")
+    # The run's folder is made, and set here, once nothing can be refused any more.
+    asked.pop("output_dir", None)
+    try:
+        return TrainingArguments(output_dir="runs", **asked, **_OURS)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise UserError.single("training", f"transformers refuses it: {error}") from error
+
+
+def _accumulation(asked: dict[str, Any]) -> int:
+    steps, processes = int(asked.get("gradient_accumulation_steps", 1)), world_size()
+    if steps % processes:
+        raise UserError.single(
+            "training.gradient_accumulation_steps",
+            f"{steps} steps for one process cannot be divided over {processes} processes. Use a "
+            f"multiple of {processes}, or start another number of processes.",
+        )
+    return steps // processes
+
+
+def _use_non_reentrant(asked: dict[str, Any]) -> None:
+    """Reentrant checkpointing gives a LoRA on a frozen base no gradient at all."""
+    for prefix in ("activation", "gradient"):
+        name = f"{prefix}_checkpointing_kwargs"
+        if (asked.get(name) or {}).get("use_reentrant"):
+            raise UserError.single(
+                f"training.{name}",
+                "use_reentrant: true gives an adapter on a frozen base no gradient. Leave it out.",
+            )
+    name = "activation" if asked.get("activation_checkpointing") else "gradient"
+    kwargs = asked.get(f"{name}_checkpointing_kwargs") or {}
+    asked[f"{name}_checkpointing_kwargs"] = {"use_reentrant": False, **kwargs}

@@ -1,0 +1,61 @@
+"""The per-token negative log-likelihood, defined once: training and evaluation both use it."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each label in nats, computed in float32.
+
+    Args:
+        logits: (K, vocabulary), any float dtype; row k predicts ``labels[k]``.
+        labels: int64 (K,).
+
+    Returns:
+        float32 (K,).
+    """
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+class TokenLoss:
+    """``compute_loss_func`` of the Trainer: the mean over the trained tokens of the whole
+    accumulated batch, so that 1x8, 2x4 and 8x1 rows give the same gradient.
+
+    It also keeps the exact token-weighted mean since ``take`` was last called; the sums stay on
+    the device, so nothing waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[torch.Tensor] = []
+        self._tokens = 0
+
+    def __call__(
+        self,
+        outputs: Any,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        total = token_nll(outputs.logits[0], labels).sum()
+        self._sums.append(total.detach())
+        self._tokens += labels.numel()
+        return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+    def take(self, device: torch.device) -> tuple[float, int]:
+        """Return (sum of NLL in nats, trained tokens) of all processes since the last call."""
+        total = math.fsum(torch.stack(self._sums).tolist()) if self._sums else 0.0
+        taken = (total, self._tokens)
+        self._sums, self._tokens = [], 0
+        return sum_over_processes(taken, device)
+
+
+def sum_over_processes(pair: tuple[float, int], device: torch.device) -> tuple[float, int]:
+    """Add a (sum of NLL, tokens) pair over all processes; alone, the pair itself."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return pair
+    totals = torch.tensor(pair, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return totals[0].item(), round(totals[1].item())

@@ -1,0 +1,111 @@
+"""Can this machine do what the config asks? Whatever it would silently do otherwise is refused."""
+
+import os
+from collections.abc import Callable
+
+import torch
+from transformers import TrainingArguments
+
+from recipe.settings import Problem, Settings, UserError
+from recipe.training.arguments import world_size
+
+
+def check_machine(settings: Settings) -> None:
+    """Refuse a run that could only be another one than asked.
+
+    Raises:
+        UserError: with every mismatch between config, launcher and machine.
+    """
+    checks: list[Callable[[Settings], Problem | None]] = [
+        _fp16_needs_an_accelerator,
+        _bf16_on_cpu_is_said,
+        _one_precision,
+        _launcher_keeps_precision_out,
+        _processes_are_what_was_started,
+        _one_process_one_gpu,
+    ]
+    problems = [problem for check in checks if (problem := check(settings))]
+    if problems:
+        raise UserError(problems)
+
+
+def device_name(arguments: TrainingArguments) -> str:
+    """The device that a run computes on, in words."""
+    if arguments.device.type == "cuda":
+        return str(torch.cuda.get_device_name(arguments.device))
+    if arguments.device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return arguments.device.type
+
+
+def _on_cpu(settings: Settings) -> bool:
+    asked = settings.training.get("use_cpu") or os.environ.get("ACCELERATE_USE_CPU") == "true"
+    return bool(asked) or not torch.accelerator.is_available()
+
+
+def _fp16_needs_an_accelerator(settings: Settings) -> Problem | None:
+    if not (settings.training.get("fp16") and _on_cpu(settings)):
+        return None
+    return Problem(
+        "training.fp16",
+        "fp16 training needs a GPU; on the CPU accelerate would silently run fp32. Override with "
+        "training.fp16=false model.dtype=float32, or start on a GPU.",
+    )
+
+
+def _bf16_on_cpu_is_said(settings: Settings) -> Problem | None:
+    on_cpu = _on_cpu(settings) and not settings.training.get("use_cpu")
+    if not (settings.training.get("bf16") and on_cpu):
+        return None
+    return Problem(
+        "training.bf16",
+        "no accelerator here, and bf16 on the CPU must be meant: it is many times slower than "
+        "fp32. Add training.use_cpu=true, or override with training.bf16=false.",
+    )
+
+
+def _one_precision(settings: Settings) -> Problem | None:
+    if not (settings.training.get("fp16") and settings.training.get("bf16")):
+        return None
+    return Problem("training.fp16", "fp16 and bf16 are both true. Keep one.")
+
+
+def _launcher_keeps_precision_out(settings: Settings) -> Problem | None:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked = next((name for name in ("fp16", "bf16") if settings.training.get(name)), "no")
+    if launched in ("no", asked):
+        return None
+    return Problem(
+        "accelerate launch",
+        f"its mixed_precision is {launched}, the config asks for {asked}. Start with "
+        "--mixed_precision no; precision belongs to the config.",
+    )
+
+
+def _processes_are_what_was_started(settings: Settings) -> Problem | None:
+    # accelerate's simple launcher starts one process where several were asked for, and leaves
+    # MASTER_ADDR without WORLD_SIZE behind (github.com/huggingface/accelerate/issues/2741).
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        return Problem(
+            "accelerate launch",
+            "several processes were asked for, but only this one was started. Add --multi_gpu, or "
+            "use torchrun --nproc_per_node N.",
+        )
+    if world_size() > 1 and _on_cpu(settings) and not settings.training.get("use_cpu"):
+        return Problem(
+            "training.use_cpu",
+            f"{world_size()} processes on the CPU would each train alone. Add "
+            "training.use_cpu=true.",
+        )
+    return None
+
+
+def _one_process_one_gpu(settings: Settings) -> Problem | None:
+    gpus = 0 if _on_cpu(settings) else torch.cuda.device_count()
+    if world_size() > 1 or gpus <= 1:
+        return None
+    return Problem(
+        "accelerate launch",
+        f"one process sees {gpus} GPUs, and the Trainer would split every batch over them. Set "
+        f"CUDA_VISIBLE_DEVICES=0, or start --multi_gpu --num_processes {gpus}.",
+    )

@@ -1,0 +1,98 @@
+"""The folder of a run: a fresh one each time, with what is needed to repeat it."""
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from recipe.settings import Settings, UserError, dump
+from recipe.training.arguments import world_size
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+def make_run_folder(settings: Settings) -> Path:
+    """Make ``training.output_dir``, or a fresh ``runs/<config>-001``, ``-002``…
+
+    With several processes the first makes it and the others learn its name.
+
+    Raises:
+        UserError: the folder that was asked for is not empty.
+    """
+    if world_size() == 1:
+        return _make(settings)
+    from accelerate import PartialState  # not before the launcher's variables are known good
+
+    state = PartialState(cpu=bool(settings.training.get("use_cpu")))
+    made: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            made = [_make(settings)]
+        except UserError as error:
+            made = [error]
+    broadcast_object_list(made)
+    if isinstance(made[0], UserError):
+        raise made[0]
+    return Path(made[0])
+
+
+def _make(settings: Settings) -> Path:
+    asked = settings.training.get("output_dir")
+    if asked:
+        folder = Path(asked)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError.single(
+                "training.output_dir",
+                f"{folder} is not empty, and nothing is overwritten. Name another folder, or leave "
+                "it out for a fresh one.",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for number in range(1, 1000):
+        folder = Path("runs") / f"{settings.name}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise UserError.single("runs", f"{settings.name}-001 to -999 are taken. Remove some.")
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    """``settings.yaml``: give it to ``--config`` and the run is repeated beside itself."""
+    (folder / "settings.yaml").write_text(dump(settings))
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """``manifest.json``: what the run was made of."""
+    manifest = {
+        "command": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "git": _git_state(),
+        "processes": world_size(),
+        **facts,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the recipe and whether files differ from it; None outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "changed": bool(changed)}

@@ -1,0 +1,144 @@
+"""What a person and a file see of a run: bar, epoch lines, metrics.jsonl."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recipe.settings import RunFailed
+from recipe.training.loss import TokenLoss
+
+
+class RunLog(TrainerCallback):
+    """Write each record of the Trainer to ``metrics.jsonl`` and each epoch to the screen.
+
+    A terminal also gets a bar. A value that is not finite stops the run: the adapter would be
+    broken from that step on.
+
+    Raises:
+        RunFailed: a logged value is NaN or infinite.
+    """
+
+    def __init__(
+        self, folder: Path, loss: TokenLoss, *, peak_memory: Callable[[], dict[str, int]]
+    ) -> None:
+        self.file = folder / "metrics.jsonl"
+        self.epoch_losses: list[float] = []
+        self.trained_tokens = 0
+        self.seconds = 0.0
+        self.skipped_steps = 0
+        self._loss = loss
+        self._peak_memory = peak_memory
+        self._bar: tqdm[Any] | None = None
+        self._epoch_started = 0.0
+        self._evaluating_seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", leave=False
+            )
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._epoch_started = time.perf_counter()
+        self._evaluating_seconds = 0.0
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        # accelerate marks a step whose fp16 gradients overflowed; plain optimizers have no mark.
+        self.skipped_steps += bool(getattr(optimizer, "step_was_skipped", False))
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        record = dict(logs or {})
+        # Wall time and throughput of the whole call are told by the epochs, free of evaluation.
+        if "train_runtime" in record:
+            return
+        self._evaluating_seconds += record.get("eval_runtime", 0.0)
+        self._stop_unless_finite(record, state.global_step)
+        if state.is_world_process_zero:
+            self._write({"step": state.global_step, **record, "skipped_steps": self.skipped_steps})
+        if self._bar is not None and "loss" in record:
+            self._bar.set_postfix(loss=f"{float(record['loss']):.3f}")
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        nll, tokens = self._loss.take(args.device)
+        seconds = time.perf_counter() - self._epoch_started - self._evaluating_seconds
+        if not tokens:
+            return
+        record = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 4),
+            "epoch_loss": nll / tokens,
+            "epoch_trained_tokens": tokens,
+            "epoch_seconds": round(seconds, 3),
+            "trained_tokens_per_second": round(tokens / seconds, 2),
+            "peak_memory_bytes": self._peak_memory(),
+            "skipped_steps": self.skipped_steps,
+        }
+        self._stop_unless_finite(record, state.global_step)
+        self.epoch_losses.append(nll / tokens)
+        self.trained_tokens += tokens
+        self.seconds += seconds
+        if state.is_world_process_zero:
+            self._write(record)
+            self.say(
+                f"epoch {len(self.epoch_losses):<4}loss {nll / tokens:.3f} · {seconds:.0f} s · "
+                f"{tokens / seconds:.0f} trained tokens/s"
+                + (f" · {self.skipped_steps} skipped steps" if self.skipped_steps else "")
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def _stop_unless_finite(self, record: dict[str, Any], step: int) -> None:
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self.close()
+                raise RunFailed(
+                    f"{name} is {value} at step {step}, so the adapter is broken and is not saved. "
+                    "Lower training.learning_rate, or train in bf16 or fp32 instead of fp16."
+                )

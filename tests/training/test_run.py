@@ -1,0 +1,184 @@
+"""Real runs of the tiny model: what is learned, written and said."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from recipe.finetune import finetune
+from recipe.settings import RunFailed, UserError, load_settings
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, TrainerCallback
+
+
+class Keep(TrainerCallback):
+    """Keeps the model that the Trainer trained."""
+
+    model = None
+
+    def on_train_end(self, args, state, control, model=None, **_):
+        self.model = model
+
+
+def run(config, *overrides, watchers=()):
+    return finetune(load_settings(str(config), overrides), watchers=watchers)
+
+
+def test_base_stays_bit_equal_and_every_adapter_tensor_moves(write_config, tiny_checkpoint):
+    keep = Keep()
+    folder = run(write_config(lora={"target_modules": "all-linear"}), watchers=[keep])
+    stock = LlamaForCausalLM.from_pretrained(tiny_checkpoint).state_dict()
+    trained = keep.model.get_base_model().state_dict()
+    for name, tensor in stock.items():
+        ours = trained.get(name, trained.get(name.replace(".weight", ".base_layer.weight")))
+        assert torch.equal(ours, tensor), name
+    adapter = load_file(folder / "adapter/adapter_model.safetensors")
+    assert len(adapter) == 2 * 2 * 7
+    assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+
+
+def test_the_run_folder_tells_the_run(write_config, capsys):
+    folder = run(
+        write_config(data={"rows": "0:8", "held_out": "8:12"}), "training.eval_strategy=epoch"
+    )
+    assert {"adapter", "loss.png", "manifest.json", "metrics.jsonl", "settings.yaml"} == {
+        p.name for p in folder.iterdir()
+    }
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in records if "loss" in r]
+    epochs = [r["epoch_loss"] for r in records if "epoch_loss" in r]
+    held_out = [r["eval_perplexity"] for r in records if "eval_perplexity" in r]
+    assert len(losses) == 4
+    assert len(epochs) == 2
+    assert len(held_out) == 4  # before, after each of two epochs, after
+    assert epochs[1] < epochs[0]
+    screen = capsys.readouterr().out
+    assert f"held-out perplexity {held_out[0]:.2f} → {held_out[-1]:.2f}" in screen
+    assert f"training loss {epochs[0]:.3f} → {epochs[-1]:.3f}" in screen
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["data"]["rows"] == 8
+    assert manifest["parameters"]["trainable"] == 2 * 4 * ((64 + 64) + (64 + 32))
+
+
+def test_saved_settings_repeat_the_run(write_config, tmp_path):
+    first = run(write_config(lora={"lora_dropout": 0.1}))
+    again = run(first / "settings.yaml", f"training.output_dir={tmp_path / 'again'}")
+    weights = "adapter/adapter_model.safetensors"
+    assert (first / weights).read_bytes() == (again / weights).read_bytes()
+    hashes = [
+        json.loads((f / "manifest.json").read_text())["initial_adapter_sha256"]
+        for f in (first, again)
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_runs_are_numbered_and_never_overwritten(write_config, tmp_path, monkeypatch):
+    config = yaml.safe_load(write_config().read_text())
+    del config["training"]["output_dir"]
+    (tmp_path / "numbered.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    overrides = ["training.max_steps=1"]
+    assert str(run("numbered.yaml", *overrides)) == "runs/numbered-001"
+    assert str(run("numbered.yaml", *overrides)) == "runs/numbered-002"
+    with pytest.raises(UserError, match="is not empty"):
+        run("numbered.yaml", "training.output_dir=runs/numbered-001")
+
+
+@pytest.mark.parametrize("eval_batch", [1, 3, 4])
+def test_held_out_perplexity_is_weighted_by_tokens(write_config, tiny_checkpoint, eval_batch):
+    """Oracle: the stock model, one row at a time, in float64."""
+    config = write_config(data={"rows": "0:8", "held_out": "8:12"})
+    seen = {}
+
+    class Rows(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            seen["args"] = args
+
+    folder = run(
+        config,
+        f"training.per_device_eval_batch_size={eval_batch}",
+        "training.max_steps=1",
+        watchers=[Rows()],
+    )
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+
+    from recipe.data.rows import read_rows
+    from recipe.data.templates import build_template
+    from recipe.data.tokens import tokenize_rows
+    from recipe.model.checkpoint import load_tokenizer
+
+    settings = load_settings(str(config))
+    tokenizer = load_tokenizer(settings.model)
+    rows = tokenize_rows(
+        read_rows(settings.data).held_out,
+        build_template("alpaca", tokenizer),
+        tokenizer,
+        max_length=256,
+        too_long="error",
+    ).rows
+    model = LlamaForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float64)
+    nll = []
+    for row in rows:
+        ids = torch.from_numpy(row.input_ids.astype("int64"))
+        with torch.no_grad():
+            log_probabilities = model(ids[None]).logits[0].log_softmax(-1)
+        nll += [-log_probabilities[i - 1, ids[i]] for i in range(1, len(ids)) if row.trained[i]]
+    mean = torch.stack(nll).mean()
+    assert first["eval_trained_tokens"] == len(nll)
+    assert first["eval_loss"] == pytest.approx(mean.item(), rel=1e-6)
+    assert first["eval_perplexity"] == pytest.approx(mean.exp().item(), rel=1e-6)
+
+
+def test_nan_stops_the_run_and_saves_nothing(write_config, tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            if state.global_step == 2:
+                next(p for p in model.parameters() if p.requires_grad).data[0] = float("nan")
+
+    with pytest.raises(RunFailed, match="nan at step 3"):
+        run(write_config(), watchers=[Poison()])
+    assert not (tmp_path / "run/adapter").exists()
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_an_adapter_that_learned_nothing_is_not_saved(write_config, tmp_path):
+    with pytest.raises(RunFailed, match="all zero, so it changes nothing"):
+        run(write_config(training={"learning_rate": 1e-30, "weight_decay": 0.0, "max_steps": 1}))
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_tensorboard_if_asked(write_config):
+    pytest.importorskip("tensorboard")
+    folder = run(write_config(), "training.report_to=tensorboard", "training.max_steps=1")
+    assert list(folder.rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.fp16=true"], "fp16 training needs a GPU"),
+        (["training.bf16=true", "training.use_cpu=false"], "must be meant"),
+        (["training.eval_strategy=epoch"], "no rows are held out"),
+        (["lora.target_modules=[q_porj]"], "Choose among .*q_proj"),
+        (["model.name_or_path=models/absent"], "no folder models/absent"),
+        (["data.path=absent.json"], "no file absent.json"),
+        (["data.max_length=20"], "data.max_length is 20"),
+        (
+            [
+                "training.gradient_checkpointing=true",
+                "training.gradient_checkpointing_kwargs={use_reentrant: true}",
+            ],
+            "no gradient",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    write_config, tmp_path, overrides, message
+):
+    if "fp16" in overrides[0] and torch.cuda.is_available():
+        overrides = [*overrides, "training.use_cpu=true"]
+    before = sorted(tmp_path.iterdir())
+    config = write_config()
+    with pytest.raises(UserError, match=message):
+        run(config, *overrides)
+    assert sorted(tmp_path.iterdir()) == sorted({*before, config, tmp_path / "rows.json"})
