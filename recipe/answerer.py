@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -33,13 +32,16 @@ class Answerer:
     template: Prompts
     described: str
 
-    def answer(self, prompt: str, *, max_new_tokens: int, stream: bool) -> tuple[str, str]:
+    def answer(
+        self, prompt: str, context: str = "", *, max_new_tokens: int, stream: bool
+    ) -> tuple[str, str]:
         """See ``recipe.decoding.greedy.answer``."""
         return answer(
             self.model,
             self.tokenizer,
             self.template,
             prompt,
+            context,
             max_new_tokens=max_new_tokens,
             stream=stream,
         )
@@ -58,8 +60,6 @@ def load_answerer(
     Raises:
         UserError: nothing is there, or a file of the adapter changed.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if adapter == "none":
         return _base_alone(_base_settings(model, runs), template)
     folder = Path(adapter) if adapter else newest_adapter(runs)

@@ -40,6 +40,9 @@ def convert(source: Path, destination: Path) -> None:
     """Read ``source``, write ``destination``, and count the parameters against the file's own."""
     print(f"Converting {source.name} to {destination} (about half a minute)...", flush=True)
     started = time.perf_counter()
+    from recipe.quiet import quiet_libraries
+
+    quiet_libraries()
     from recipe.model.gguf import convert_gguf
 
     parameters = convert_gguf(source, destination)

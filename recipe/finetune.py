@@ -5,16 +5,13 @@ compares runs needs the real one.
 """
 
 import hashlib
-import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import transformers
 from peft import PeftModel
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -23,7 +20,7 @@ from recipe.data.rows import Rows, read_rows
 from recipe.data.templates import Template, build_template
 from recipe.data.tokens import TokenizedRows, tokenize_rows
 from recipe.memory.probe import in_words, peak_memory
-from recipe.model.checkpoint import load_base, load_tokenizer
+from recipe.model.checkpoint import load_base, load_config, load_tokenizer
 from recipe.model.lora import (
     add_lora,
     dtype_plan,
@@ -31,7 +28,7 @@ from recipe.model.lora import (
     total_parameters,
     trainable_parameters,
 )
-from recipe.settings import Settings
+from recipe.settings import Settings, UserError, plain
 from recipe.sharing.adapter_folder import save_adapter
 from recipe.training.arguments import training_arguments
 from recipe.training.loss import TokenLoss
@@ -63,7 +60,6 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
         RunFailed: a value became NaN or infinite, or the saved adapter is not usable.
     """
     started = time.perf_counter()
-    _quiet_libraries()
     check_machine(settings)
     arguments = training_arguments(settings)
     data = _load_data(settings)
@@ -102,24 +98,25 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     return folder
 
 
-def _quiet_libraries() -> None:
-    """Warnings of the libraries stay; their bars and chatter go where nobody watches a bar."""
-    transformers.logging.set_verbosity_error()
-    # transformers 5.23 renames gradient_checkpointing to activation_checkpointing and warns even
-    # of its own uses; 5.17 knows only the old name, which goes away in v6.
-    warnings.filterwarnings("ignore", r".*checkpointing.* is deprecated", FutureWarning)
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-
-
 def _load_data(settings: Settings) -> _Data:
     asked = settings.data
     rows = read_rows(asked)
     tokenizer = load_tokenizer(settings.model)
     template = build_template(asked.template, tokenizer)
-    limit = asked.max_length or tokenizer.model_max_length
+    context = load_config(settings.model).max_position_embeddings
+    if asked.max_length and asked.max_length > context:
+        raise UserError.single(
+            "data.max_length",
+            f"{asked.max_length} is beyond this model's context of {context}. Lower it.",
+        )
     train, held_out = (
-        tokenize_rows(part, template, tokenizer, max_length=limit, too_long=asked.too_long)
+        tokenize_rows(
+            part,
+            template,
+            tokenizer,
+            max_length=asked.max_length or context,
+            too_long=asked.too_long,
+        )
         for part in (rows.train, rows.held_out)
     )
     return _Data(rows, template, train, held_out)
@@ -148,8 +145,8 @@ def _introduce(
     say(f"run       {settings.name} → {folder} · {device_name(arguments)}")
     say(f"base      {settings.model.name_or_path} · {total:,} parameters in {plan['base']}")
     say(
-        f"adapter   r={lora.r} alpha={lora.lora_alpha} dropout={lora.lora_dropout} · {trainable:,} "
-        f"trainable ({trainable / total:.2%}) in {plan['adapter']} · compute {plan['compute']}"
+        f"adapter   LoRA r={lora.r} alpha={lora.lora_alpha} dropout={lora.lora_dropout} · "
+        f"{trainable:,} trainable of {total + trainable:,} in {plan['adapter']} · compute {plan['compute']}"
     )
     say(
         f"data      {len(data.train.rows)} rows of {asked.path} · {data.train.tokens:,} tokens, "
@@ -225,7 +222,7 @@ def _receipt(settings: Settings, model: PeftModel, data: _Data) -> dict[str, Any
             "name_or_path": settings.model.name_or_path,
             "revision": settings.model.revision,
             "dtype": settings.model.dtype,
-            "quantization": settings.model.quantization and dict(settings.model.quantization),
+            "quantization": plain(settings.model.quantization),
         },
         "template": data.template.name,
         "trainable_parameters": trainable_parameters(model),

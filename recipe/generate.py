@@ -21,13 +21,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--adapter", help="an adapter's folder, or none; default: the newest run's")
     parser.add_argument(
-        "--model", help="the base, with --adapter none; default: the newest adapter's, else the starter"
+        "--model",
+        help="the base, with --adapter none; default: the newest adapter's, else the starter",
     )
     parser.add_argument("--template", choices=["alpaca", "chat"], help="with --adapter none")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = parser.parse_args(arguments)
     _check(args)
     # Only now: these imports take seconds, and a mistake is told before them.
+    from recipe.quiet import quiet_libraries
+
+    quiet_libraries()
     from recipe.answerer import load_answerer
 
     answerer = load_answerer(

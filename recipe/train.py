@@ -18,11 +18,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="a YAML file, or the name of one in configs/")
+    parser.add_argument(
+        "--config", required=True, help="a YAML file, or the name of one in configs/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(arguments)
     settings = load_settings(args.config, args.overrides)
     # Only now: these imports take seconds, and a mistake in the config is told before them.
+    from recipe.quiet import quiet_libraries
+
+    quiet_libraries()
     from recipe.finetune import finetune
 
     finetune(settings)

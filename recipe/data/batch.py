@@ -7,6 +7,13 @@ import torch
 
 from recipe.data.tokens import TokenizedRow
 
+IGNORED = -100  # cross_entropy's ignore_index, and what the Trainer does not count
+# The gradient of the kept logits is summed over the whole vocabulary by a matrix product with K
+# rows. MKL sums odd K plainly: for K = 3 the gradient of the starter model was 1.5e-4 away from
+# float64 instead of 3.5e-6 (torch 2.13 on two CPU threads, 2026-11-22, `make bench-exactness`).
+# A GPU's matrix units want multiples of 8 as well.
+KEPT_MULTIPLE = 8
+
 Batch = dict[str, torch.Tensor | int]
 
 
@@ -21,10 +28,12 @@ def flatten(rows: Sequence[TokenizedRow]) -> Batch:
         ``input_ids``, ``position_ids``: int64 (1, T);
         ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 (rows + 1), where each row begins and T;
         ``max_length_q``, ``max_length_k``: int, tokens of the longest row;
-        ``logits_to_keep``: int64 (K,), positions whose next token is trained;
-        ``labels``, ``shift_labels``: int64 (K,), the tokens those positions must predict. The
-        Trainer counts ``shift_labels`` as they are; from ``labels`` alone it would drop the first
-        of each micro-batch, and the mean over the accumulated batch would silently be wrong.
+        ``logits_to_keep``: int64 (K,), positions whose next token is trained, filled up to a
+        multiple of ``KEPT_MULTIPLE`` with position 0;
+        ``labels``, ``shift_labels``: int64 (K,), the tokens those positions must predict, and
+        ``IGNORED`` where filled up. The Trainer counts ``shift_labels`` as they are; from
+        ``labels`` alone it would drop the first of each micro-batch, and the mean over the
+        accumulated batch would silently be wrong.
     """
     lengths = np.array([len(row) for row in rows])
     borders = np.concatenate([[0], lengths.cumsum()])
@@ -33,7 +42,10 @@ def flatten(rows: Sequence[TokenizedRow]) -> Batch:
     # A row's first token has nothing before it in its own row that could predict it.
     trained[borders[:-1]] = False
     targets = np.flatnonzero(trained)
-    labels = torch.from_numpy(ids[targets])
+    kept = np.zeros(-len(targets) % KEPT_MULTIPLE + len(targets), dtype=np.int64)
+    kept[: len(targets)] = targets - 1
+    labels = torch.full((len(kept),), IGNORED)
+    labels[: len(targets)] = torch.from_numpy(ids[targets])
     cu_seq_lens = torch.from_numpy(borders.astype(np.int32))
     longest = int(lengths.max())
     return {
@@ -43,7 +55,7 @@ def flatten(rows: Sequence[TokenizedRow]) -> Batch:
         "cu_seq_lens_k": cu_seq_lens,
         "max_length_q": longest,
         "max_length_k": longest,
-        "logits_to_keep": torch.from_numpy(targets - 1),
+        "logits_to_keep": torch.from_numpy(kept),
         "labels": labels,
         "shift_labels": labels,
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe.settings import DataSettings, Problem, UserError
+from recipe.settings import DataSettings, Problem, UserError, row_range
 
 FIELDS = ("instruction", "input", "output")
 LOCAL_SUFFIXES = (".json", ".jsonl")
@@ -154,8 +154,8 @@ def _from_hub(settings: DataSettings) -> tuple[list[Any], str]:
 
 
 def _slice(where: str, text: str | None, total: int, *, source: str) -> range:
-    start, stop = (text or ":").split(":")
-    taken = range(int(start or 0), int(stop) if stop else total)
+    start, stop = row_range(text) if text else (0, None)
+    taken = range(start, total if stop is None else stop)
     if taken.stop > total or not taken:
         raise UserError.single(
             where, f"asks for {text}, but {source} holds {total} rows (0:{total}). Shorten it."
@@ -209,7 +209,13 @@ def _kind(value: object) -> str:
         return "nothing (null or absent)"
     if isinstance(value, str):
         return "text"
-    names = {dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), type(value).__name__)
 
 

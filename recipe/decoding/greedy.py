@@ -14,6 +14,7 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     template: Prompts,
     prompt: str,
+    context: str = "",
     *,
     max_new_tokens: int,
     stream: bool,
@@ -21,21 +22,22 @@ def answer(
     """Return the greedy answer to ``prompt`` and why it ended: ``eos`` or ``length``.
 
     Args:
+        context: the row's ``input``, which the template sets apart from the instruction.
         stream: print each word as soon as it is known.
 
     Raises:
         UserError: the prompt leaves no room in the model's context.
     """
-    text = template.prompt(prompt)
+    text = template.prompt(prompt, context)
     encoded = tokenizer(
         text, add_special_tokens=template.add_special_tokens, return_tensors="pt"
     ).to(model.device)
-    used, context = encoded["input_ids"].shape[1], model.config.max_position_embeddings
-    if used + max_new_tokens > context:
+    used, limit = encoded["input_ids"].shape[1], model.config.max_position_embeddings
+    if used + max_new_tokens > limit:
         raise UserError.single(
             "prompt",
             f"{used} tokens and {max_new_tokens} new ones do not fit into the model's context of "
-            f"{context}. Shorten the prompt, or lower --max-new-tokens.",
+            f"{limit}. Shorten the prompt, or lower --max-new-tokens.",
         )
     eos = tokenizer.eos_token_id
     # A config of our own: the checkpoint's may sample, or hold values that greedy refuses.

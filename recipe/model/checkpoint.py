@@ -6,12 +6,35 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
 
 from recipe.model import attention
-from recipe.settings import ModelSettings, UserError
+from recipe.settings import ModelSettings, UserError, plain
+
+
+def load_config(settings: ModelSettings) -> LlamaConfig:
+    """The checkpoint's config.
+
+    Raises:
+        UserError: it cannot be loaded, or is not that of a Llama-architecture model.
+    """
+    _check_folder(settings)
+    try:
+        config = AutoConfig.from_pretrained(
+            settings.name_or_path, revision=settings.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable(settings, "config", error) from error
+    if not isinstance(config, LlamaConfig):
+        raise UserError.single(
+            "model.name_or_path",
+            f"{settings.name_or_path} is a {config.model_type!r} model; this recipe trains "
+            "LlamaForCausalLM checkpoints. Name one of those.",
+        )
+    return config
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -42,21 +65,9 @@ def load_base(settings: ModelSettings) -> LlamaForCausalLM:
     Raises:
         UserError: no such checkpoint, no Llama architecture, or no safetensors weights.
     """
-    _check_folder(settings)
+    load_config(settings)
     if settings.attn_implementation == attention.PER_ROW_SDPA:
         attention.register()
-    try:
-        config = AutoConfig.from_pretrained(
-            settings.name_or_path, revision=settings.revision, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise _unloadable(settings, "config", error) from error
-    if config.model_type != "llama":
-        raise UserError.single(
-            "model.name_or_path",
-            f"{settings.name_or_path} is a {config.model_type!r} model; this recipe trains "
-            "LlamaForCausalLM checkpoints. Name one of those.",
-        )
     quantization = settings.quantization
     try:
         model = LlamaForCausalLM.from_pretrained(
@@ -64,7 +75,7 @@ def load_base(settings: ModelSettings) -> LlamaForCausalLM:
             revision=settings.revision,
             dtype=settings.dtype,
             attn_implementation=settings.attn_implementation,
-            quantization_config=BitsAndBytesConfig(**quantization) if quantization else None,
+            quantization_config=BitsAndBytesConfig(**plain(quantization)) if quantization else None,
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -79,7 +90,9 @@ def _check_folder(settings: ModelSettings) -> None:
     """A path that is no folder must not be asked of the hub: that would be a network call."""
     name = settings.name_or_path
     folder = Path(name)
-    looks_local = name.startswith(("models/", "runs/", "./", "../", "/", "~")) or len(folder.parts) > 2
+    looks_local = (
+        name.startswith(("models/", "runs/", "./", "../", "/", "~")) or len(folder.parts) > 2
+    )
     if looks_local and not folder.is_dir():
         raise UserError.single(
             "model.name_or_path",

@@ -1,11 +1,10 @@
 """A GGUF checkpoint → a safetensors folder, counted against the file's own tensors."""
 
-import sys
 from pathlib import Path
 
 import torch
 from gguf import GGUFReader
-from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM, logging
+from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
 
 from recipe.sealed import whole_folder
 from recipe.settings import RunFailed
@@ -25,9 +24,6 @@ def convert_gguf(source: Path, destination: Path) -> int:
         for tensor in GGUFReader(source).tensors
         if tensor.name != "rope_freqs.weight"  # a constant, no parameter
     )
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
     model = LlamaForCausalLM.from_pretrained(

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from recipe.settings import UserError
+from recipe.settings import UserError, plain
 
 # These write part of the base's weights into the adapter at its start and change the base.
 _CHANGES_BASE = ("pissa", "olora")
@@ -25,7 +25,7 @@ def add_lora(base: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
             with the modules that could be meant.
     """
     try:
-        config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora})
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **plain(lora)})
     except (ValueError, TypeError) as error:
         raise UserError.single("lora", f"peft refuses it: {error}") from error
     try:
@@ -75,7 +75,9 @@ def closed_form(model: nn.Module) -> int:
 def check_closed_form(model: PeftModel) -> None:
     """Count the LoRA matrices that were made and compare them with the closed form."""
     made = sum(
-        p.numel() for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name
+        p.numel()
+        for name, p in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
     ) + sum(p.numel() for name, p in model.named_parameters() if ".lora_embedding_" in name)
     if made != closed_form(model):
         raise AssertionError(f"{made} LoRA parameters, but r·(in + out) gives {closed_form(model)}")

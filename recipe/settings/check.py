@@ -27,8 +27,11 @@ class Origin:
     overridden: frozenset[KeyPath]
 
     def where(self, path: KeyPath) -> str:
-        if any(path[: len(override)] == override for override in self.overridden):
-            return f"override {dotted(path)}"
+        for override in self.overridden:
+            if path[: len(override)] == override:
+                return f"override {dotted(path)}"
+            if path not in self.lines and override[: len(path)] == path:
+                return f"override {dotted(override)}"
         line = f":{self.lines[path]}" if path in self.lines else ""
         return f"{self.name}{line}: {dotted(path)}"
 

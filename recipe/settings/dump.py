@@ -37,12 +37,17 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=_style(text))
+
+
+def _style(text: str) -> str | None:
+    if not text.isprintable():
+        # Only double quotes escape; between single ones U+0085 comes back as a space.
+        return '"'
     try:
-        is_plain = plain_scalar(text) == text
+        return None if plain_scalar(text) == text else "'"
     except ValueError:
-        is_plain = False
-    tag = "tag:yaml.org,2002:str"
-    return dumper.represent_scalar(tag, text, style=None if is_plain else "'")
+        return "'"
 
 
 _Dumper.add_representer(str, _represent_text)

@@ -47,7 +47,7 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
     if document.whole:
         overridden.values.setdefault("name", path.stem)
         origin = Origin(name, document.lines, overridden.paths)
-        findings = Findings(origin, faulty=set(document.unreadable - overridden.paths))
+        findings = Findings(origin, faulty=set(document.unreadable))
         check(overridden.values, findings)
         problems += findings.problems
     if problems:

@@ -1,5 +1,6 @@
 """One key of the settings: its type, its default, and what to say about a wrong value."""
 
+import contextlib
 import difflib
 import math
 import re
@@ -70,10 +71,8 @@ class Option:
         if fits(value):
             return None
         remedies = (text for better, text in self._corrections(value) if fits(better))
-        expected = (
-            self.expected if _is_finite(value) else f"{self.expected}, nan and infinity excluded"
-        )
-        sentence = f"expected {expected}, found {found(value)}."
+        excluded = "" if _is_finite(value) else " (never nan or infinity)"
+        sentence = f"expected {self.expected}{excluded}, found {found(value)}."
         return " ".join([sentence, *list(remedies)[:1]])
 
     def _corrections(self, value: object) -> Iterator[tuple[object, str]]:
@@ -96,14 +95,12 @@ class Option:
 
     def _text_corrections(self, value: str) -> Iterator[tuple[object, str]]:
         stripped = value.strip()
-        for text, remedy in (
-            (stripped, "Remove the quotes."),
-            (stripped.replace("_", "").replace(",", ""), "Write plain decimal digits."),
-        ):
-            try:
-                yield plain_scalar(text), remedy
-            except ValueError:
-                continue
+        with contextlib.suppress(ValueError):
+            yield plain_scalar(stripped), "Remove the quotes."
+        with contextlib.suppress(ValueError):
+            # 0x10, 1_000 and 1,000: numbers to YAML 1.1, to Python or to a reader.
+            number = int(stripped.replace(",", ""), 0)
+            yield number, f"Write {number}."
         if (truth := _YAML_1_1.get(stripped.lower())) is not None:
             yield truth, f"Write {str(truth).lower()}."
         names = [choice for choice in self.choices if isinstance(choice, str)]

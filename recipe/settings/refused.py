@@ -18,7 +18,7 @@ class Refusal:
     values: tuple[object, ...] | None = None
 
 
-PUBLISHING = Refusal("publishing is a separate step (recipe/adapter.py push). Leave it out.")
+PUBLISHING = Refusal("publishing is a separate step. Leave it out.")
 LAUNCH = Refusal(
     "belongs to the launch file. Leave it out and give the file to accelerate launch --config_file."
 )
@@ -47,7 +47,7 @@ TRAINING: Mapping[str, Refusal] = {
     ),
     "auto_find_batch_size": Refusal(
         "changes the effective batch without a word. Leave it out and lower "
-        "training.per_device_train_batch_size; recipe/plan.py says to what."
+        "training.per_device_train_batch_size."
     ),
     "average_tokens_across_devices": Refusal(
         "without it the loss on N processes is not the loss on one. Leave it out."

@@ -82,7 +82,6 @@ REMOVED: Mapping[str, Mapping[str, str]] = {
     },
     "training": {
         "adafactor": "removed from transformers. Write optim: adafactor.",
-        "bf16_backend": _GONE,
         "dispatch_batches": _GONE,
         "fp16_backend": _GONE,
         "fp16_opt_level": _GONE,
@@ -109,7 +108,7 @@ REMOVED: Mapping[str, Mapping[str, str]] = {
         "warmup_ratio": "removed from transformers 5. Use training.warmup_steps: a value below 1 "
         "is that fraction of all steps, from 1 on it is a number of steps.",
     },
-    "lora": {"merge_weights": "merging is a step of its own (recipe/adapter.py merge). Delete it."},
+    "lora": {"merge_weights": "merging is a step of its own. Delete it."},
     "model": {"trust_remote_code": _NO_REMOTE_CODE},
     "data": {
         "trust_remote_code": _NO_REMOTE_CODE,

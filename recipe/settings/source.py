@@ -105,9 +105,7 @@ def find_class(
 
 def enum_values(definition: ast.ClassDef) -> tuple[object, ...]:
     """The values of an enum class; empty if it is none."""
-    bases = [base.attr if isinstance(base, ast.Attribute) else base for base in definition.bases]
-    names = [base.id if isinstance(base, ast.Name) else str(base) for base in bases]
-    if not any(name.endswith("Enum") for name in names):
+    if not any(ast.unparse(base).endswith("Enum") for base in definition.bases):
         return ()
     members = (node.value for node in definition.body if isinstance(node, ast.Assign))
     return tuple(member.value for member in members if isinstance(member, ast.Constant))

@@ -119,9 +119,9 @@ def plain_scalar(text: str) -> object:
             "Write it without the 0, or in quotes if it is a name."
         )
     if _INTEGER.fullmatch(text):
-        if len(text) > _MAX_DIGITS:
+        if (digits := len(text.lstrip("+-"))) > _MAX_DIGITS:
             raise ValueError(
-                f"a number of {len(text)} digits, expected at most {_MAX_DIGITS}. "
+                f"a number of {digits} digits, expected at most {_MAX_DIGITS}. "
                 "Put it in quotes if it is a name."
             )
         return int(text)

@@ -7,18 +7,25 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from recipe.data.batch import IGNORED
+
 
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of each label in nats, computed in float32.
 
     Args:
         logits: (K, vocabulary), any float dtype; row k predicts ``labels[k]``.
-        labels: int64 (K,).
+        labels: int64 (K,); ``IGNORED`` where nothing is predicted.
 
     Returns:
-        float32 (K,).
+        float32 (K,), zero where ignored.
     """
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+    return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORED)
+
+
+def count_trained(labels: torch.Tensor) -> torch.Tensor:
+    """How many labels are not ignored, as a tensor on their device, so nothing waits for it."""
+    return labels.ne(IGNORED).sum()
 
 
 class TokenLoss:
@@ -31,7 +38,7 @@ class TokenLoss:
 
     def __init__(self) -> None:
         self._sums: list[torch.Tensor] = []
-        self._tokens = 0
+        self._counts: list[torch.Tensor] = []
 
     def __call__(
         self,
@@ -39,17 +46,17 @@ class TokenLoss:
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        total = token_nll(outputs.logits[0], labels).sum()
+        total, tokens = token_nll(outputs.logits[0], labels).sum(), count_trained(labels)
         self._sums.append(total.detach())
-        self._tokens += labels.numel()
-        return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+        self._counts.append(tokens)
+        return total / (tokens if num_items_in_batch is None else num_items_in_batch)
 
     def take(self, device: torch.device) -> tuple[float, int]:
         """Return (sum of NLL in nats, trained tokens) of all processes since the last call."""
         total = math.fsum(torch.stack(self._sums).tolist()) if self._sums else 0.0
-        taken = (total, self._tokens)
-        self._sums, self._tokens = [], 0
-        return sum_over_processes(taken, device)
+        tokens = sum(torch.stack(self._counts).tolist()) if self._counts else 0
+        self._sums, self._counts = [], []
+        return sum_over_processes((total, tokens), device)
 
 
 def sum_over_processes(pair: tuple[float, int], device: torch.device) -> tuple[float, int]:

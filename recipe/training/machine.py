@@ -19,7 +19,6 @@ def check_machine(settings: Settings) -> None:
     checks: list[Callable[[Settings], Problem | None]] = [
         _fp16_needs_an_accelerator,
         _bf16_on_cpu_is_said,
-        _one_precision,
         _launcher_keeps_precision_out,
         _processes_are_what_was_started,
         _one_process_one_gpu,
@@ -62,12 +61,6 @@ def _bf16_on_cpu_is_said(settings: Settings) -> Problem | None:
         "no accelerator here, and bf16 on the CPU must be meant: it is many times slower than "
         "fp32. Add training.use_cpu=true, or override with training.bf16=false.",
     )
-
-
-def _one_precision(settings: Settings) -> Problem | None:
-    if not (settings.training.get("fp16") and settings.training.get("bf16")):
-        return None
-    return Problem("training.fp16", "fp16 and bf16 are both true. Keep one.")
 
 
 def _launcher_keeps_precision_out(settings: Settings) -> Problem | None:

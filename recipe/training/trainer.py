@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
-from recipe.training.loss import TokenLoss, sum_over_processes, token_nll
+from recipe.training.loss import TokenLoss, count_trained, sum_over_processes, token_nll
 
 
 class TokenWeightedTrainer(Trainer):
@@ -45,7 +45,7 @@ class TokenWeightedTrainer(Trainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 logits = self.model(**inputs).logits[0]
             sums.append(token_nll(logits, labels).sum().item())
-            tokens += labels.numel()
+            tokens += int(count_trained(labels))
         nll, count = sum_over_processes((math.fsum(sums), tokens), self.args.device)
         metrics = {
             f"{metric_key_prefix}_loss": nll / count,

@@ -14,7 +14,7 @@ PROMPTS = [
     "It costs $5, or $$5, or ${HOME}.",
     "$(shell touch made-by-make) and $(touch made-by-shell)",
     "`touch made-by-backtick`",
-    "He said \"it's\" twice; 'once' and \"again\" \\ \\n",
+    'He said "it\'s" twice; \'once\' and "again" \\ \\n',
     "first line\nsecond line\n\nlast",
     "# not a comment, 100% & | > made-by-redirect < * ? [a]",
     "--help",

@@ -53,7 +53,16 @@ def test_accelerate_launch_trains_and_generate_answers(write_config, tmp_path):
     """The documented command, then the documented answer, each in its own process."""
     config = write_config(training={"use_cpu": False})
     launch = [Path(sys.executable).with_name("accelerate"), "launch", "--quiet"]
-    one = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    one = [
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     result = command(*map(str, launch), *one, "recipe/train.py", "--config", str(config))
     assert result.returncode == 0, result.stderr
     assert "reopened: whole, finite, as trained" in result.stdout

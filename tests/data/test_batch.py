@@ -1,7 +1,9 @@
 """The flattened batch against a loop that a reader can check by eye."""
 
 import numpy as np
-from recipe.data.batch import flatten
+import pytest
+
+from recipe.data.batch import IGNORED, KEPT_MULTIPLE, flatten
 from recipe.data.tokens import TokenizedRow
 
 
@@ -14,6 +16,12 @@ ROWS = [
     row(1, [9, 10], [False, True]),
     row(2, [11, 12, 13], [False, True, True]),
 ]
+
+
+def kept(batch):
+    """(position, label) of what is not filled up."""
+    pairs = zip(batch["logits_to_keep"].tolist(), batch["labels"].tolist(), strict=True)
+    return [pair for pair in pairs if pair[1] != IGNORED]
 
 
 def test_layout():
@@ -32,11 +40,17 @@ def test_each_kept_position_predicts_the_next_token_of_its_row():
             if tokens.trained[i]:
                 expected.append((start + i - 1, int(tokens.input_ids[i])))
         start += len(tokens)
-    kept = zip(batch["logits_to_keep"].tolist(), batch["labels"].tolist(), strict=True)
-    assert list(kept) == expected
+    assert kept(batch) == expected
+    assert batch["shift_labels"].tolist() == batch["labels"].tolist()
 
 
 def test_a_trained_first_token_is_not_predicted_from_the_row_before():
     batch = flatten([row(0, [1, 2], [False, True]), row(1, [3, 4], [True, True])])
-    assert batch["labels"].tolist() == [2, 4]
-    assert batch["logits_to_keep"].tolist() == [0, 2]
+    assert kept(batch) == [(0, 2), (2, 4)]
+
+
+@pytest.mark.parametrize("trained", range(1, 20))
+def test_kept_positions_are_filled_up_with_ignored_ones(trained):
+    batch = flatten([row(0, range(30), [False] * (30 - trained) + [True] * trained)])
+    assert len(batch["labels"]) % KEPT_MULTIPLE == 0
+    assert (batch["labels"] != IGNORED).sum() == len(kept(batch)) == trained

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from recipe.data.rows import read_rows
 from recipe.settings import DataSettings, UserError
 

@@ -1,6 +1,7 @@
 """The prompt's bytes are pinned: an adapter answers well only to the prompt it was trained on."""
 
 import pytest
+
 from recipe.data.rows import Row
 from recipe.data.templates import AlpacaTemplate, ChatTemplate, Span, build_template
 from recipe.settings import UserError

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from recipe.data.rows import Row
 from recipe.data.templates import AlpacaTemplate, Span, build_template
 from recipe.data.tokens import tokenize_rows
@@ -21,9 +22,10 @@ def test_exactly_the_answer_and_its_eos_are_trained(tokenizer, name):
     (row,) = tokenize([ROW], tokenizer, template).rows
     assert tokenizer.decode(row.input_ids[row.trained]) == "Apple</s>"
     assert tokenizer.decode(row.input_ids[~row.trained]) == template.prompt("Name a fruit.")
-    assert row.input_ids.tolist() == tokenizer(template.prompt(ROW.instruction) + "Apple</s>")[
-        "input_ids"
-    ]
+    assert (
+        row.input_ids.tolist()
+        == tokenizer(template.prompt(ROW.instruction) + "Apple</s>")["input_ids"]
+    )
 
 
 def test_the_starter_tokenizer_counts_of_alpaca(starter, alpaca):

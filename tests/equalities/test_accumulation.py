@@ -20,7 +20,6 @@ LORA = {
     "lora_alpha": 8,
     "lora_dropout": 0.0,
     "target_modules": "all-linear",
-    "init_lora_weights": False,  # B is not zero, so every adapter tensor has a gradient
 }
 ROWS_PER_STEP = 8
 ROWS_IN_ALL = 10  # a window of 8 and a short last one of 2
@@ -59,9 +58,7 @@ def stock_gradients(checkpoint: Path, rows: list, initial: dict[str, torch.Tenso
             labels[i, :n] = torch.where(torch.from_numpy(row.trained), ids[i, :n], -100)
         model.zero_grad()
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-        steps.append(
-            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        )
+        steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     return steps
 
 
@@ -100,6 +97,10 @@ def compare(write_config: Callable[..., Path], tiny_checkpoint: Path, monkeypatc
 
         def keep(model, arguments, train, *rest, **named):
             seen["rows"] = train
+            torch.manual_seed(1)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # zero at the start, and then A would have no gradient
+                    torch.nn.init.normal_(parameter, std=0.02)
             seen["initial"] = {k: v.clone() for k, v in model.state_dict().items()}
             return build(model, arguments, train, *rest, **named)
 

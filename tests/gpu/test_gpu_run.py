@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from recipe.finetune import finetune
 from recipe.settings import load_settings
 

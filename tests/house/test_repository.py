@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from recipe.settings import load_settings
 
 REPOSITORY = Path(__file__).parents[2]

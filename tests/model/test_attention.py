@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from recipe.model.attention import per_row_sdpa
 
 

@@ -2,8 +2,9 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
-from recipe.model.lora import closed_form, total_parameters, trainable_parameters
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from recipe.model.lora import closed_form, total_parameters, trainable_parameters
 
 
 def test_llama_2_7b_shape():

@@ -1,6 +1,7 @@
 """A sealed folder is whole or absent, and says what changed in it."""
 
 import pytest
+
 from recipe.sealed import SEAL, damage, whole_folder
 
 

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from transformers import LlamaForCausalLM, TrainerCallback
+
 from recipe.finetune import finetune
 from recipe.settings import UserError, load_settings
 from recipe.sharing.adapter_folder import newest_adapter, read_receipt
-from transformers import LlamaForCausalLM, TrainerCallback
 
 VARIANTS = {
     "plain": {},

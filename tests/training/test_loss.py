@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import torch
+
 from recipe.training.loss import TokenLoss, token_nll
 
 

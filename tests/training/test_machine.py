@@ -1,6 +1,7 @@
 """What the launcher did is compared with what was asked."""
 
 import pytest
+
 from recipe.settings import UserError, load_settings
 from recipe.training.arguments import training_arguments
 from recipe.training.machine import check_machine
@@ -12,7 +13,6 @@ from recipe.training.machine import check_machine
         ({"MASTER_ADDR": "127.0.0.1"}, [], "only this one was started"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], "config asks for no"),
         ({"WORLD_SIZE": "2"}, ["training.use_cpu=false"], "would each train alone"),
-        ({}, ["training.bf16=true", "training.fp16=true"], "both true"),
     ],
 )
 def test_a_launch_that_is_not_what_was_asked(

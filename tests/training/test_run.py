@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 import yaml
-from recipe.finetune import finetune
-from recipe.settings import RunFailed, UserError, load_settings
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
+
+from recipe.finetune import finetune
+from recipe.settings import RunFailed, UserError, load_settings
 
 
 class Keep(TrainerCallback):
@@ -143,7 +144,7 @@ def test_nan_stops_the_run_and_saves_nothing(write_config, tmp_path):
 
 def test_an_adapter_that_learned_nothing_is_not_saved(write_config, tmp_path):
     with pytest.raises(RunFailed, match="all zero, so it changes nothing"):
-        run(write_config(training={"learning_rate": 1e-30, "weight_decay": 0.0, "max_steps": 1}))
+        run(write_config(training={"learning_rate": 1e-60, "max_steps": 1}))
     assert not (tmp_path / "run/adapter").exists()
 
 
@@ -158,11 +159,11 @@ def test_tensorboard_if_asked(write_config):
     [
         (["training.fp16=true"], "fp16 training needs a GPU"),
         (["training.bf16=true", "training.use_cpu=false"], "must be meant"),
-        (["training.eval_strategy=epoch"], "no rows are held out"),
         (["lora.target_modules=[q_porj]"], "Choose among .*q_proj"),
         (["model.name_or_path=models/absent"], "no folder models/absent"),
         (["data.path=absent.json"], "no file absent.json"),
         (["data.max_length=20"], "data.max_length is 20"),
+        (["data.max_length=257"], "this model's context of 256"),
         (
             [
                 "training.gradient_checkpointing=true",

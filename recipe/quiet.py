@@ -1,0 +1,21 @@
+"""The libraries' chatter, kept off the screen; their errors stay."""
+
+import logging
+import sys
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Call it before anything imports transformers or peft; it imports transformers itself."""
+    # bitsandbytes looks for a package of faster kernels when it is imported, and warns.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # transformers 5.23 renames gradient_checkpointing to activation_checkpointing and warns even
+    # of its own uses; 5.17 knows only the old name, which goes away in v6.
+    warnings.filterwarnings("ignore", r".*checkpointing.* is deprecated", FutureWarning)
+    # peft warns that PiSSA and OLoRA change the base; save_portable is what it asks for.
+    warnings.filterwarnings("ignore", r"(PiSSA|OLoRA) changes the base weights", UserWarning)
+    from transformers import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
