@@ -76,7 +76,7 @@ def _base_alone(settings: ModelSettings, template: str | None) -> Answerer:
     tokenizer = load_tokenizer(settings)
     base = load_base(settings).eval()
     if template:
-        chosen = build_template(template, tokenizer)
+        chosen: Prompts = build_template(template, tokenizer)
     else:
         chosen = build_template("chat", tokenizer) if tokenizer.chat_template else RawText()
     described = f"{settings.name_or_path} without adapter, {chosen.name} template, greedy"

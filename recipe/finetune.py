@@ -5,6 +5,7 @@ compares runs needs the real one.
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ from recipe.model.lora import (
 from recipe.settings import Settings, UserError, plain
 from recipe.sharing.adapter_folder import save_adapter
 from recipe.training.arguments import training_arguments
+from recipe.training.checkpoints import (
+    LOG_STATE,
+    SealCheckpoints,
+    check_same_run,
+    find_checkpoint,
+)
 from recipe.training.loss import TokenLoss
 from recipe.training.machine import check_machine, device_name
 from recipe.training.plot import plot_loss
@@ -66,11 +73,12 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     set_seed(arguments.seed)  # before the adapter is drawn, not when the Trainer starts
     model = add_lora(load_base(settings.model), settings.lora)
     initial = save_initial(model)
-    folder = make_run_folder(settings)
+    folder = _run_folder(settings, data)
     arguments.output_dir = str(folder)
     say = _speaker(arguments)
     _introduce(say, settings, folder, model, data, arguments)
-    if arguments.process_index == 0:
+    resumed = _checkpoint(settings)
+    if arguments.process_index == 0 and resumed is None:
         write_settings(folder, settings)
         write_manifest(folder, **_facts(settings, model, data, arguments))
     loss = TokenLoss()
@@ -81,12 +89,10 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
         data.train.rows,
         data.held_out.rows,
         loss=loss,
-        callbacks=[log, *watchers],
+        callbacks=[log, SealCheckpoints(log), *watchers],
     )
-    before = _held_out_perplexity(trainer)
-    if before:
-        say(f"held out  perplexity {before:.2f} before training")
-    trainer.train()
+    before = _begin(trainer, log, resumed, say)
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     after = _held_out_perplexity(trainer)
     if arguments.process_index == 0:
         plot_loss(log.file, folder / "loss.png", title=f"{settings.name} · {folder.name}")
@@ -122,6 +128,35 @@ def _load_data(settings: Settings) -> _Data:
     return _Data(rows, template, train, held_out)
 
 
+def _checkpoint(settings: Settings) -> Path | None:
+    asked = settings.training.get("resume_from_checkpoint")
+    return find_checkpoint(asked) if asked else None
+
+
+def _run_folder(settings: Settings, data: _Data) -> Path:
+    checkpoint = _checkpoint(settings)
+    if checkpoint is None:
+        return make_run_folder(settings)
+    check_same_run(settings, data.rows.sha256, checkpoint.parent)
+    return checkpoint.parent
+
+
+def _begin(
+    trainer: TokenWeightedTrainer, log: RunLog, resumed: Path | None, say: Any
+) -> float | None:
+    """Judge the untrained adapter, or take up the log of the run that is resumed."""
+    if resumed is None:
+        before = _held_out_perplexity(trainer)
+        if before:
+            say(f"held out  perplexity {before:.2f} before training")
+        return before
+    state = json.loads((resumed / LOG_STATE).read_text())
+    log.resume(state, main_process=trainer.args.process_index == 0)
+    say(f"resumed   after step {state['step']}, from {resumed}")
+    first = json.loads(log.file.read_text().split("\n", 1)[0])
+    return first.get("eval_perplexity") if first["step"] == 0 else None
+
+
 def _speaker(arguments: TrainingArguments) -> Any:
     def say(line: str) -> None:
         if arguments.process_index == 0:
@@ -146,7 +181,8 @@ def _introduce(
     say(f"base      {settings.model.name_or_path} · {total:,} parameters in {plan['base']}")
     say(
         f"adapter   LoRA r={lora.r} alpha={lora.lora_alpha} dropout={lora.lora_dropout} · "
-        f"{trainable:,} trainable of {total + trainable:,} in {plan['adapter']} · compute {plan['compute']}"
+        f"{trainable:,} trainable of {total + trainable:,} in {plan['adapter']} · "
+        f"compute {plan['compute']}"
     )
     say(
         f"data      {len(data.train.rows)} rows of {asked.path} · {data.train.tokens:,} tokens, "

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--adapter", help="an adapter's folder, or none; default: the newest run's")
     parser.add_argument(
         "--model",
-        help="the base, with --adapter none; default: the newest adapter's, else the starter",
+        help="the base, with --adapter none; default: the newest adapter's base",
     )
     parser.add_argument("--template", choices=["alpaca", "chat"], help="with --adapter none")
     parser.add_argument("--max-new-tokens", type=int, default=256)

@@ -18,9 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config", required=True, help="a YAML file, or the name of one in configs/"
-    )
+    parser.add_argument("--config", required=True, help="a YAML file, or a name in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(arguments)
     settings = load_settings(args.config, args.overrides)

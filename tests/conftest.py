@@ -22,7 +22,7 @@ SHARED_ALPACA = REPOSITORY.parent / "shared/data/alpaca_first1000.json"
 TEXTS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes",
     "the request. ### Instruction: ### Input: ### Response: paired with an input that provides",
-    "Name the colour of the sky. Blue. Count to three. One, two, three. What is two plus two? Four.",
+    "Name the colour of the sky. Blue. Count to three. One, two, three. What is two plus two? 4",
 ]
 ROWS = [
     {"instruction": "Name the colour of the sky.", "input": "", "output": "Blue."},

@@ -209,14 +209,8 @@ def _kind(value: object) -> str:
         return "nothing (null or absent)"
     if isinstance(value, str):
         return "text"
-    names = {
-        dict: "an object",
-        list: "a list",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), type(value).__name__)
+    names = {dict: "an object", list: "a list", bool: "a boolean"}
+    return names.get(type(value), "a number")
 
 
 def _listed(names: Iterable[str]) -> str:

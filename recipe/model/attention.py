@@ -45,10 +45,7 @@ def per_row_sdpa(
             q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True
         )
         for q, k, v in zip(
-            query.split(lengths, dim=2),
-            key.split(lengths, dim=2),
-            value.split(lengths, dim=2),
-            strict=True,
+            *(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True
         )
     ]
     return torch.cat(rows, dim=2).transpose(1, 2), None

@@ -89,11 +89,9 @@ def load_base(settings: ModelSettings) -> LlamaForCausalLM:
 def _check_folder(settings: ModelSettings) -> None:
     """A path that is no folder must not be asked of the hub: that would be a network call."""
     name = settings.name_or_path
-    folder = Path(name)
-    looks_local = (
-        name.startswith(("models/", "runs/", "./", "../", "/", "~")) or len(folder.parts) > 2
-    )
-    if looks_local and not folder.is_dir():
+    prefixes = ("models/", "runs/", "./", "../", "/", "~")
+    looks_local = name.startswith(prefixes) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
         raise UserError.single(
             "model.name_or_path",
             f"no folder {name} (looked from {Path.cwd()}). Correct the path; the starter model "

@@ -32,7 +32,7 @@ def convert_gguf(source: Path, destination: Path) -> int:
         quantization_config=GgufConfig(dequantize=True),  # without it the model cannot be saved
         trust_remote_code=False,
     )
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters: int = sum(p.numel() for p in model.parameters())
     if parameters != in_file:
         raise RunFailed(f"{source.name} holds {in_file:,} parameters, {parameters:,} were read")
     if not all(torch.isfinite(p).all() for p in model.parameters()):

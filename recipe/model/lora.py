@@ -74,11 +74,12 @@ def closed_form(model: nn.Module) -> int:
 
 def check_closed_form(model: PeftModel) -> None:
     """Count the LoRA matrices that were made and compare them with the closed form."""
+    matrices = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
     made = sum(
         p.numel()
         for name, p in model.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
-    ) + sum(p.numel() for name, p in model.named_parameters() if ".lora_embedding_" in name)
+        if any(matrix in name for matrix in matrices)
+    )
     if made != closed_form(model):
         raise AssertionError(f"{made} LoRA parameters, but r·(in + out) gives {closed_form(model)}")
 

@@ -86,7 +86,7 @@ class DataSettings(_Section):
         description="Text around instruction and answer; chat is the tokenizer's own template.",
     )
     max_length: Annotated[int, Ge(8)] | None = Field(
-        default=None, description="Most tokens a row may have; null sets no limit."
+        default=None, description="Most tokens a row may have; null is the model's context."
     )
     too_long: Literal["error", "drop", "truncate"] = Field(
         default="error", description="What happens to a row above data.max_length."

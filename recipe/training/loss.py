@@ -39,6 +39,7 @@ class TokenLoss:
     def __init__(self) -> None:
         self._sums: list[torch.Tensor] = []
         self._counts: list[torch.Tensor] = []
+        self._before = (0.0, 0)
 
     def __call__(
         self,
@@ -53,10 +54,21 @@ class TokenLoss:
 
     def take(self, device: torch.device) -> tuple[float, int]:
         """Return (sum of NLL in nats, trained tokens) of all processes since the last call."""
+        totals = self.totals(device)
+        self._sums, self._counts = [], []
+        self._before = (0.0, 0)
+        return totals
+
+    def totals(self, device: torch.device) -> tuple[float, int]:
+        """The same, and go on counting."""
         total = math.fsum(torch.stack(self._sums).tolist()) if self._sums else 0.0
         tokens = sum(torch.stack(self._counts).tolist()) if self._counts else 0
-        self._sums, self._counts = [], []
-        return sum_over_processes((total, tokens), device)
+        before_total, before_tokens = self._before
+        return sum_over_processes((before_total + total, before_tokens + tokens), device)
+
+    def restore(self, total: float, tokens: int) -> None:
+        """Count on from the totals of a run that was stopped."""
+        self._before = (total, tokens)
 
 
 def sum_over_processes(pair: tuple[float, int], device: torch.device) -> tuple[float, int]:

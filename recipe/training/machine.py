@@ -34,7 +34,7 @@ def device_name(arguments: TrainingArguments) -> str:
         return str(torch.cuda.get_device_name(arguments.device))
     if arguments.device.type == "cpu":
         return f"CPU, {torch.get_num_threads()} threads"
-    return arguments.device.type
+    return str(arguments.device.type)
 
 
 def _on_cpu(settings: Settings) -> bool:

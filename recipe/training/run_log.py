@@ -37,6 +37,7 @@ class RunLog(TrainerCallback):
         self._peak_memory = peak_memory
         self._bar: tqdm[Any] | None = None
         self._epoch_started = 0.0
+        self._open_seconds = 0.0  # of an epoch that a resumed run finishes
         self._evaluating_seconds = 0.0
 
     def on_train_begin(
@@ -50,7 +51,8 @@ class RunLog(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._epoch_started = time.perf_counter()
+        self._epoch_started = time.perf_counter() - self._open_seconds
+        self._open_seconds = 0.0
         self._evaluating_seconds = 0.0
 
     def on_step_end(
@@ -89,28 +91,22 @@ class RunLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         nll, tokens = self._loss.take(args.device)
-        seconds = time.perf_counter() - self._epoch_started - self._evaluating_seconds
         if not tokens:
             return
-        record = {
-            "step": state.global_step,
-            "epoch": round(state.epoch or 0.0, 4),
-            "epoch_loss": nll / tokens,
-            "epoch_trained_tokens": tokens,
-            "epoch_seconds": round(seconds, 3),
-            "trained_tokens_per_second": round(tokens / seconds, 2),
-            "peak_memory_bytes": self._peak_memory(),
-            "skipped_steps": self.skipped_steps,
-        }
+        record = self._close_epoch(
+            step=state.global_step,
+            epoch=state.epoch or 0.0,
+            nll=nll,
+            tokens=tokens,
+            seconds=self._epoch_seconds(),
+        )
         self._stop_unless_finite(record, state.global_step)
-        self.epoch_losses.append(nll / tokens)
-        self.trained_tokens += tokens
-        self.seconds += seconds
         if state.is_world_process_zero:
             self._write(record)
             self.say(
-                f"epoch {len(self.epoch_losses):<4}loss {nll / tokens:.3f} · {seconds:.0f} s · "
-                f"{tokens / seconds:.0f} trained tokens/s"
+                f"epoch {len(self.epoch_losses):<4}loss {record['epoch_loss']:.3f} · "
+                f"{record['epoch_seconds']:.0f} s · "
+                f"{record['trained_tokens_per_second']:.0f} trained tokens/s"
                 + (f" · {self.skipped_steps} skipped steps" if self.skipped_steps else "")
             )
 
@@ -118,6 +114,43 @@ class RunLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.close()
+
+    def state(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        """What a resumed run must know to log as if it had never stopped."""
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "epoch_losses": self.epoch_losses,
+            "trained_tokens": self.trained_tokens,
+            "seconds": self.seconds,
+            "skipped_steps": self.skipped_steps,
+            "open_epoch": {
+                **dict(zip(("nll", "tokens"), self._loss.totals(args.device), strict=True)),
+                "seconds": self._epoch_seconds(),
+            },
+        }
+
+    def resume(self, state: dict[str, Any], *, main_process: bool) -> None:
+        """Take up ``state``, and forget what was logged later: those steps are run again."""
+        for name in ("epoch_losses", "trained_tokens", "seconds", "skipped_steps"):
+            setattr(self, name, state[name])
+        step, epoch, open_epoch = state["step"], state["epoch"], state["open_epoch"]
+        records = []
+        if main_process:
+            lines = self.file.read_text().splitlines(keepends=True)
+            lines = [line for line in lines if json.loads(line)["step"] <= step]
+            self.file.write_text("".join(lines))
+            records = [json.loads(line) for line in lines]
+        if epoch != round(epoch):
+            self._open_seconds = open_epoch["seconds"]
+            if main_process:
+                self._loss.restore(open_epoch["nll"], open_epoch["tokens"])
+            return
+        # Saved behind the last step of an epoch: the Trainer begins the next and ends this no more.
+        record = self._close_epoch(step=step, epoch=epoch, **open_epoch)
+        closed = any(r["step"] == step and "epoch_loss" in r for r in records)
+        if main_process and not closed:
+            self._write(record)
 
     def close(self) -> None:
         """Take the bar off the screen."""
@@ -129,6 +162,26 @@ class RunLog(TrainerCallback):
         """Print a line above the bar."""
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
+
+    def _epoch_seconds(self) -> float:
+        return time.perf_counter() - self._epoch_started - self._evaluating_seconds
+
+    def _close_epoch(
+        self, *, step: int, epoch: float, nll: float, tokens: int, seconds: float
+    ) -> dict[str, Any]:
+        self.epoch_losses.append(nll / tokens)
+        self.trained_tokens += tokens
+        self.seconds += seconds
+        return {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "epoch_loss": nll / tokens,
+            "epoch_trained_tokens": tokens,
+            "epoch_seconds": round(seconds, 3),
+            "trained_tokens_per_second": round(tokens / seconds, 2),
+            "peak_memory_bytes": self._peak_memory(),
+            "skipped_steps": self.skipped_steps,
+        }
 
     def _write(self, record: dict[str, Any]) -> None:
         with self.file.open("a") as stream:

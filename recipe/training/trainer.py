@@ -26,7 +26,12 @@ class TokenWeightedTrainer(Trainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         share = rows[self.args.process_index :: self.args.world_size]
         return DataLoader(
-            share, batch_size=self.args.per_device_eval_batch_size, collate_fn=flatten
+            share,
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=flatten,
+            # Without one, each pass draws a seed from the global generator, and a run that
+            # evaluates would drop out other weights than one resumed behind the evaluation.
+            generator=torch.Generator(),
         )
 
     def evaluation_loop(

@@ -20,9 +20,13 @@ def test_written_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_absent_after_an_exception(tmp_path, error):
-    with pytest.raises(error), whole_folder(tmp_path / "folder") as staged:
-        (staged / "a.txt").write_text("half")
-        raise error
+    def stop_half_way():
+        with whole_folder(tmp_path / "folder") as staged:
+            (staged / "a.txt").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        stop_half_way()
     assert list(tmp_path.iterdir()) == []
 
 
