@@ -4,7 +4,10 @@ SHELL := /bin/sh
 
 CONFIG ?= starter.yaml
 # One process on the GPU if there is one, else on the CPU; LAUNCH="--config_file launch/..." for others.
-LAUNCH ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# accelerate gives a process one CPU thread unless it is told how many.
+THREADS := $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+          --num_cpu_threads_per_process $(THREADS)
 ARGS ?=
 ADAPTER ?=
 
@@ -18,7 +21,8 @@ STARTER := models/smollm2-135m-instruct
 # Loading never asks a hub for what lies on this disk; nothing here sends usage statistics.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup train infer test test-slow test-gpu check lint types bench-starter bench-report clean
+.PHONY: help setup train infer test test-slow test-gpu check lint types options \
+        bench-starter bench-exactness clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,8 +53,14 @@ types: .venv/.dev
 
 check: lint types test ## lint, types, import order, tests
 
-bench-starter: setup .venv/.dev ## tuned against base on the held-out starter rows, 3 seeds (about 30 minutes)
-	@$(PY) tests/benchmarks/starter_answers.py $(ARGS)
+bench-starter: setup .venv/.dev ## tuned against base on the held-out starter rows, 3 seeds
+	@$(PY) -m tests.benchmarks.starter_answers $(ARGS)
+
+bench-exactness: setup .venv/.dev ## gradients against stock code and float64, on the starter model
+	@$(PY) -m tests.benchmarks.exactness $(ARGS)
+
+options: .venv/.installed ## write configs/OPTIONS.md anew
+	@$(PY) -m recipe.settings.reference > configs/OPTIONS.md
 
 clean: ## remove what setup made (.venv, models); runs/ stays
 	rm -rf .venv models build *.egg-info

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 
+import psutil
 import torch
 from transformers import TrainingArguments
 
@@ -35,6 +36,18 @@ def device_name(arguments: TrainingArguments) -> str:
     if arguments.device.type == "cpu":
         return f"CPU, {torch.get_num_threads()} threads"
     return str(arguments.device.type)
+
+
+def idle_threads(arguments: TrainingArguments) -> str | None:
+    """Say it when a run on the CPU was given fewer threads than there are cores for it."""
+    given, cores = torch.get_num_threads(), psutil.cpu_count(logical=False) or 1
+    fair = max(cores // arguments.world_size, 1)
+    if arguments.device.type != "cpu" or given >= fair:
+        return None
+    return (
+        f"{given} of {cores} CPU cores: accelerate launch sets OMP_NUM_THREADS=1 unless it gets "
+        f"--num_cpu_threads_per_process {fair}"
+    )
 
 
 def _on_cpu(settings: Settings) -> bool:

@@ -51,7 +51,7 @@ def test_the_run_folder_tells_the_run(write_config, capsys):
     held_out = [r["eval_perplexity"] for r in records if "eval_perplexity" in r]
     assert len(losses) == 4
     assert len(epochs) == 2
-    assert len(held_out) == 4  # before, after each of two epochs, after
+    assert len(held_out) == 3  # before and after each of two epochs
     assert epochs[1] < epochs[0]
     screen = capsys.readouterr().out
     assert f"held-out perplexity {held_out[0]:.2f} → {held_out[-1]:.2f}" in screen

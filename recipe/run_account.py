@@ -1,0 +1,163 @@
+"""What a run says of itself: on the screen, in ``manifest.json`` and in ``recipe.json``."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainingArguments
+
+import recipe
+from recipe.data.rows import Rows
+from recipe.data.templates import Template
+from recipe.data.tokens import TokenizedRows
+from recipe.memory.probe import in_words, peak_memory
+from recipe.model.lora import dtype_plan, total_parameters, trainable_parameters
+from recipe.settings import Settings, plain
+from recipe.training.machine import device_name, idle_threads
+from recipe.training.run_log import RunLog
+
+_SHOWN_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, and what became of them."""
+
+    rows: Rows
+    template: Template
+    train: TokenizedRows
+    held_out: TokenizedRows
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that was decided before the first step."""
+
+    settings: Settings
+    arguments: TrainingArguments
+    data: Data
+    model: PeftModel
+    folder: Path
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Which dtype holds base, adapter and computation."""
+        return dtype_plan(self.model, fp16=self.arguments.fp16, bf16=self.arguments.bf16)
+
+
+def introduction(run: Run) -> list[str]:
+    """Lines for the screen before the first step."""
+    settings, arguments, data = run.settings, run.arguments, run.data
+    total, trainable = total_parameters(run.model), trainable_parameters(run.model)
+    lora = run.model.peft_config["default"]
+    batch, accumulation = (
+        arguments.per_device_train_batch_size,
+        arguments.gradient_accumulation_steps,
+    )
+    processes = arguments.world_size
+    held_out = f" · {len(data.held_out.rows)} rows held out" if settings.data.held_out else ""
+    threads = idle_threads(arguments)
+    return [
+        f"run       {settings.name} → {run.folder} · {device_name(arguments)}",
+        *([f"          {threads}"] if threads else []),
+        f"base      {settings.model.name_or_path} · {total:,} parameters in {run.dtypes['base']}",
+        f"adapter   LoRA r={lora.r} alpha={lora.lora_alpha} dropout={lora.lora_dropout} · "
+        f"{trainable:,} trainable of {total + trainable:,} in {run.dtypes['adapter']} · "
+        f"compute {run.dtypes['compute']}",
+        f"data      {len(data.train.rows)} rows of {settings.data.path} · {data.train.tokens:,} "
+        f"tokens, {data.train.trained_tokens:,} of them trained · {data.template.name} template"
+        f"{held_out}",
+        *(f"          {note}" for note in _left_out(data)),
+        f"step      {batch * accumulation * processes} rows = {batch} × {accumulation} accumulated "
+        f"× {processes} process{'es' if processes > 1 else ''}",
+    ]
+
+
+def conclusion(
+    run: Run, log: RunLog, *, before: float | None, after: float | None, seconds: float
+) -> list[str]:
+    """Lines for the screen after the adapter was saved; perplexities are None without rows."""
+    losses = log.epoch_losses
+    learned = f"training loss {losses[0]:.3f} → {losses[-1]:.3f}"
+    if before is not None and after is not None:
+        learned = f"held-out perplexity {before:.2f} → {after:.2f} · {learned}"
+    return [
+        f"learned   {learned}",
+        f"cost      {seconds:.0f} s in all, {log.seconds:.0f} s of them training · peak memory "
+        f"{in_words(peak_memory())} · {log.skipped_steps} skipped steps",
+        f"saved     {run.folder / 'adapter'} (reopened: whole, finite, as trained)",
+        f"          {run.folder / 'loss.png'}, {run.folder / 'metrics.jsonl'}",
+        'next      make infer PROMPT="…"  asks it; ADAPTER=none asks the base',
+        f"          make train CONFIG={run.folder / 'settings.yaml'}  repeats this run",
+    ]
+
+
+def manifest_facts(run: Run) -> dict[str, Any]:
+    """What the run was made of, beside the versions that every manifest has."""
+    data = run.data
+    return {
+        "device": device_name(run.arguments),
+        "base": run.settings.model.name_or_path,
+        "dtypes": run.dtypes,
+        "parameters": {
+            "base": total_parameters(run.model),
+            "trainable": trainable_parameters(run.model),
+        },
+        "data": {
+            "sha256": data.rows.sha256,
+            "rows": len(data.train.rows),
+            "held_out": len(data.held_out.rows),
+            "tokens": data.train.tokens,
+            "trained_tokens": data.train.trained_tokens,
+            "dropped_empty": data.rows.empty,
+            "dropped_long": data.train.dropped + data.held_out.dropped,
+            "truncated": data.train.truncated + data.held_out.truncated,
+        },
+        "initial_adapter_sha256": _adapter_sha256(run.model),
+    }
+
+
+def receipt(run: Run) -> dict[str, Any]:
+    """What a later load needs to answer as the run was trained."""
+    model = run.settings.model
+    return {
+        "recipe": recipe.__version__,
+        "base": {
+            "name_or_path": model.name_or_path,
+            "revision": model.revision,
+            "dtype": model.dtype,
+            "quantization": plain(model.quantization),
+        },
+        "template": run.data.template.name,
+        "trainable_parameters": trainable_parameters(run.model),
+        "data_sha256": run.data.rows.sha256,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def _left_out(data: Data) -> list[str]:
+    notes = []
+    if data.rows.ignored_columns:
+        notes.append(f"columns not used: {', '.join(data.rows.ignored_columns)}")
+    for indices, what in (
+        (data.rows.empty, "dropped, output empty"),
+        (data.train.dropped + data.held_out.dropped, "dropped, longer than max_length"),
+        (data.train.truncated + data.held_out.truncated, "cut at max_length, EOS not trained"),
+    ):
+        if indices:
+            more = ", …" if len(indices) > _SHOWN_ROWS else ""
+            shown = ", ".join(map(str, indices[:_SHOWN_ROWS])) + more
+            notes.append(f"{len(indices)} row{'s'[: len(indices) > 1]} {what}: {shown}")
+    return notes
+
+
+def _adapter_sha256(model: PeftModel) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

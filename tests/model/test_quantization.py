@@ -1,0 +1,33 @@
+"""4 and 8 bit: loaded as asked, trained, and reloaded with the adapter."""
+
+import pytest
+
+from recipe.answerer import load_answerer
+from recipe.finetune import finetune
+from recipe.settings import load_settings
+from recipe.sharing.adapter_folder import read_receipt
+
+QUANTIZATIONS = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "float32",
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_trains_and_answers(write_config, tmp_path, name):
+    config = write_config(model={"quantization": QUANTIZATIONS[name]})
+    folder = finetune(load_settings(str(config)))
+    receipt = read_receipt(folder / "adapter")
+    assert receipt["base"]["quantization"] == QUANTIZATIONS[name]
+    answerer = load_answerer(
+        adapter=str(folder / "adapter"), model=None, template=None, runs=tmp_path
+    )
+    assert answerer.model.get_base_model().is_quantized
+    text, reason = answerer.answer("Name a fruit.", max_new_tokens=3, stream=False)
+    assert reason in ("eos", "length")
+    assert isinstance(text, str)
