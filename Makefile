@@ -1,12 +1,16 @@
 # Everything a newcomer, a contributor and CI need. `make` alone prints this list.
 .DEFAULT_GOAL := help
+# What an interrupted command leaves half-made is made again.
+.DELETE_ON_ERROR:
+# Two pips in one environment would break it.
+.NOTPARALLEL:
 SHELL := /bin/sh
 
 CONFIG ?= starter.yaml
 # One process on the GPU if there is one, else on the CPU; LAUNCH="--config_file launch/..." for others.
 # accelerate gives a process one CPU thread unless it is told how many.
 THREADS := $(shell getconf _NPROCESSORS_ONLN)
-LAUNCH ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+LAUNCH ?= --num_processes 1 --num_machines 1 --gpu_ids 0 --mixed_precision no --dynamo_backend no \
           --num_cpu_threads_per_process $(THREADS)
 ARGS ?=
 ADAPTER ?=

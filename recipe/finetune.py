@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from transformers import TrainerCallback, set_seed
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import TrainerCallback, TrainerState, set_seed
 
 from recipe.data.rows import read_rows
 from recipe.data.templates import build_template
@@ -48,10 +50,20 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     arguments = training_arguments(settings)
     data = _load_data(settings)
     set_seed(arguments.seed)  # before the adapter is drawn, not when the Trainer starts
-    model = add_lora(load_base(settings.model), settings.lora)
+    model = add_lora(
+        load_base(settings.model),
+        settings.lora,
+        mixed_precision=arguments.fp16 or arguments.bf16,
+    )
     initial = save_initial(model)
+    loss = TokenLoss()
+    log = RunLog(loss, peak_memory=peak_memory)
+    callbacks = [log, SealCheckpoints(log), *watchers]
+    trainer = build_trainer(
+        model, arguments, data.train.rows, data.held_out.rows, loss=loss, callbacks=callbacks
+    )
     folder = _run_folder(settings, data, resumed)
-    arguments.output_dir = str(folder)
+    arguments.output_dir, log.file = str(folder), folder / "metrics.jsonl"
     run = Run(settings, arguments, data, model, folder)
     main_process = arguments.process_index == 0
     say = _speaker(main_process=main_process)
@@ -59,31 +71,17 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     if main_process and resumed is None:
         write_settings(folder, settings)
         write_manifest(folder, **manifest_facts(run))
-    loss = TokenLoss()
-    log = RunLog(folder, loss, peak_memory=peak_memory)
-    trainer = build_trainer(
-        model,
-        arguments,
-        data.train.rows,
-        data.held_out.rows,
-        loss=loss,
-        callbacks=[log, SealCheckpoints(log), *watchers],
-    )
     before = _take_up(trainer, log, resumed) if resumed else _held_out_perplexity(trainer)
     if resumed:
         say(f"resumed   from {resumed}")
     elif before is not None:
         say(f"held out  perplexity {before:.2f} before training")
-    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    _train(trainer, resumed)
     after = _held_out_perplexity(trainer)
     if main_process:
         plot_loss(log.file, folder / "loss.png", title=f"{settings.name} · {folder.name}")
-        save_adapter(
-            model,
-            folder / "adapter",
-            receipt(run),
-            initial=Path(initial.name) if initial else None,
-        )
+        start = Path(initial.name) if initial else None
+        save_adapter(model, folder / "adapter", receipt(run), initial=start)
     seconds = time.perf_counter() - started
     say("\n".join(conclusion(run, log, before=before, after=after, seconds=seconds)))
     return folder
@@ -107,7 +105,8 @@ def _load_data(settings: Settings) -> Data:
     rows = read_rows(asked)
     tokenizer = load_tokenizer(settings.model)
     template = build_template(asked.template, tokenizer)
-    context = load_config(settings.model).max_position_embeddings
+    config = load_config(settings.model)
+    context = config.max_position_embeddings
     if asked.max_length and asked.max_length > context:
         raise UserError.single(
             "data.max_length",
@@ -123,6 +122,14 @@ def _load_data(settings: Settings) -> Data:
         )
         for part in (rows.train, rows.held_out)
     )
+    vocabulary = config.vocab_size
+    largest = max(int(row.input_ids.max()) for row in (*train.rows, *held_out.rows))
+    if largest >= vocabulary:
+        raise UserError.single(
+            "model.name_or_path",
+            f"its tokenizer makes token {largest}, but the model knows {vocabulary}. They do not "
+            "belong together: use the tokenizer that came with the model.",
+        )
     return Data(rows, template, train, held_out)
 
 
@@ -137,8 +144,22 @@ def _take_up(trainer: TokenWeightedTrainer, log: RunLog, resumed: Path) -> float
     """Let the log go on where the checkpoint was written; return the perplexity before step 1."""
     state = json.loads((resumed / LOG_STATE).read_text())
     log.resume(state, main_process=trainer.args.process_index == 0)
-    first = json.loads(log.file.read_text().split("\n", 1)[0])
-    return first.get("eval_perplexity") if first["step"] == 0 else None
+    return log.first_perplexity
+
+
+def _train(trainer: TokenWeightedTrainer, resumed: Path | None) -> None:
+    if resumed is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(resumed / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(resumed))
+        return
+    # Stopped behind the last step: with max_steps the Trainer would take one more.
+    trainer.state = state
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    weights = load_file(Path(best or resumed) / "adapter_model.safetensors")
+    set_peft_model_state_dict(trainer.model, weights)
 
 
 def _held_out_perplexity(trainer: TokenWeightedTrainer) -> float | None:

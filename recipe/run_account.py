@@ -73,6 +73,7 @@ def introduction(run: Run) -> list[str]:
         *(f"          {note}" for note in _left_out(data)),
         f"step      {batch * accumulation * processes} rows = {batch} × {accumulation} accumulated "
         f"× {processes} process{'es' if processes > 1 else ''}",
+        *_repeated_rows(run),
     ]
 
 
@@ -152,6 +153,17 @@ def _left_out(data: Data) -> list[str]:
             shown = ", ".join(map(str, indices[:_SHOWN_ROWS])) + more
             notes.append(f"{len(indices)} row{'s'[: len(indices) > 1]} {what}: {shown}")
     return notes
+
+
+def _repeated_rows(run: Run) -> list[str]:
+    """accelerate deals every process as many batches, and repeats rows where they do not suffice;
+    the mean of that one step is then not quite that of a single process.
+    """
+    dealt = run.arguments.per_device_train_batch_size * run.arguments.world_size
+    missing = -len(run.data.train.rows) % dealt
+    if run.arguments.world_size == 1 or not missing:
+        return []
+    return [f"          {missing} rows are repeated at the end of each epoch to fill all processes"]
 
 
 def _adapter_sha256(model: PeftModel) -> str:

@@ -14,7 +14,7 @@ IGNORED = -100  # cross_entropy's ignore_index, and what the Trainer does not co
 # A GPU's matrix units want multiples of 8 as well.
 KEPT_MULTIPLE = 8
 
-Batch = dict[str, torch.Tensor | int]
+Batch = dict[str, torch.Tensor | int | list[int]]
 
 
 def flatten(rows: Sequence[TokenizedRow]) -> Batch:
@@ -28,6 +28,7 @@ def flatten(rows: Sequence[TokenizedRow]) -> Batch:
         ``input_ids``, ``position_ids``: int64 (1, T);
         ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 (rows + 1), where each row begins and T;
         ``max_length_q``, ``max_length_k``: int, tokens of the longest row;
+        ``row_lengths``: list of int, t1, t2, …; on the host, so that no kernel launch waits for it;
         ``logits_to_keep``: int64 (K,), positions whose next token is trained, filled up to a
         multiple of ``KEPT_MULTIPLE`` with position 0;
         ``labels``, ``shift_labels``: int64 (K,), the tokens those positions must predict, and
@@ -55,6 +56,7 @@ def flatten(rows: Sequence[TokenizedRow]) -> Batch:
         "cu_seq_lens_k": cu_seq_lens,
         "max_length_q": longest,
         "max_length_k": longest,
+        "row_lengths": lengths.tolist(),
         "logits_to_keep": torch.from_numpy(kept),
         "labels": labels,
         "shift_labels": labels,

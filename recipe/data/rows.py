@@ -73,6 +73,11 @@ def read_rows(settings: DataSettings) -> Rows:
 def _records(settings: DataSettings) -> tuple[list[Any], str]:
     path = Path(settings.path)
     if path.is_file():
+        if settings.split != "train":
+            raise UserError.single(
+                "data.split",
+                f"{settings.split} is of a hub data set, but {path} is a file. Leave it out.",
+            )
         return _local(path)
     if path.suffix in LOCAL_SUFFIXES or path.is_absolute() or path.is_dir():
         raise UserError.single(

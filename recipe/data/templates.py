@@ -104,16 +104,18 @@ class ChatTemplate:
         prompt = self.prompt(row.instruction, row.input)
         answer = {"role": "assistant", "content": row.output}
         whole = self._render([self._user(row.instruction, row.input), answer])
-        eos = str(self._tokenizer.eos_token)
-        after, separator, _ = whole[len(prompt) + len(row.output) :].partition(eos)
-        answered = whole.startswith(prompt + row.output)
-        if not answered or not separator or after.strip():
+        eos, output = str(self._tokenizer.eos_token), row.output.strip()
+        # Some templates write a space before the answer, some trim it; both are trained as written.
+        rest = whole.removeprefix(prompt)
+        begin, found, after = rest.partition(output)
+        tail, ended, _ = after.partition(eos)
+        if not whole.startswith(prompt) or begin.strip() or tail.strip() or not (found and ended):
             raise UserError.single(
-                "data.template",
+                f"row {row.index}",
                 f"the tokenizer's chat template does not write prompt, answer and {eos!r} in this "
                 "order, so what to train on is unknown. Use data.template: alpaca.",
             )
-        return [Span(prompt, trained=False), Span(row.output + after + eos, trained=True)]
+        return [Span(prompt, trained=False), Span(begin + output + tail + eos, trained=True)]
 
     def _user(self, instruction: str, context: str) -> dict[str, str]:
         content = f"{instruction}\n\n{context}" if context else instruction

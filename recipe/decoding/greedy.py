@@ -40,10 +40,12 @@ def answer(
             f"{limit}. Shorten the prompt, or lower --max-new-tokens.",
         )
     eos = tokenizer.eos_token_id
-    # A config of our own: the checkpoint's may sample, or hold values that greedy refuses.
+    # A config of our own: the checkpoint's may sample, penalise or search beams, and generate fills
+    # whatever is not set from the one that the model holds.
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos
     )
+    model.generation_config = config
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
         ids = model.generate(

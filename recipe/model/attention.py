@@ -1,7 +1,7 @@
 """Attention over a flattened batch in which no row can see another.
 
 Registered through transformers' attention interface, so no model code is patched. The row borders
-come from the batch (``cu_seq_lens_q``, see ``recipe.data.batch.flatten``).
+come from the batch (``row_lengths``, see ``recipe.data.batch.flatten``).
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def per_row_sdpa(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cu_seq_lens_q: torch.Tensor | None = None,
+    row_lengths: list[int] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
@@ -29,7 +29,7 @@ def per_row_sdpa(
 
     Args:
         query: (1, heads, T, head_dim); ``key`` and ``value``: (1, key-value heads, T, head_dim).
-        cu_seq_lens_q: int32 (rows + 1).
+        row_lengths: tokens of each row, T in all.
 
     Returns:
         (1, T, heads, head_dim) and no weights.
@@ -37,15 +37,14 @@ def per_row_sdpa(
     Raises:
         ValueError: the batch has no row borders, or more than one sequence.
     """
-    if cu_seq_lens_q is None or query.shape[0] != 1:
-        raise ValueError("per_row_sdpa needs one flattened sequence with cu_seq_lens_q")
-    lengths = cu_seq_lens_q.diff().tolist()
+    if row_lengths is None or query.shape[0] != 1:
+        raise ValueError("per_row_sdpa needs one flattened sequence with row_lengths")
     rows = [
         F.scaled_dot_product_attention(
             q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True
         )
         for q, k, v in zip(
-            *(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True
+            *(torch.split(x, row_lengths, dim=2) for x in (query, key, value)), strict=True
         )
     ]
     return torch.cat(rows, dim=2).transpose(1, 2), None

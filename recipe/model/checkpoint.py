@@ -1,7 +1,9 @@
 """A checkpoint becomes a tokenizer and a base model; nothing is repaired on the way."""
 
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -12,7 +14,7 @@ from transformers import (
 )
 
 from recipe.model import attention
-from recipe.settings import ModelSettings, UserError, plain
+from recipe.settings import ModelSettings, Problem, UserError, plain
 
 
 def load_config(settings: ModelSettings) -> LlamaConfig:
@@ -70,7 +72,7 @@ def load_base(settings: ModelSettings) -> LlamaForCausalLM:
         attention.register()
     quantization = settings.quantization
     try:
-        model = LlamaForCausalLM.from_pretrained(
+        model, loading = LlamaForCausalLM.from_pretrained(
             settings.name_or_path,
             revision=settings.revision,
             dtype=settings.dtype,
@@ -78,9 +80,11 @@ def load_base(settings: ModelSettings) -> LlamaForCausalLM:
             quantization_config=BitsAndBytesConfig(**plain(quantization)) if quantization else None,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _unloadable(settings, "weights", error) from error
+    _check_all_loaded(settings, loading)
     # A cache would be filled and thrown away at each training step.
     model.config.use_cache = False
     return model
@@ -97,6 +101,26 @@ def _check_folder(settings: ModelSettings) -> None:
             f"no folder {name} (looked from {Path.cwd()}). Correct the path; the starter model "
             "comes from `make setup`.",
         )
+    if settings.revision and Path(name).is_dir():
+        raise UserError.single(
+            "model.revision",
+            f"{settings.revision} is of a hub id, but {name} is a folder. Leave it out.",
+        )
+
+
+def _check_all_loaded(settings: ModelSettings, loading: dict[str, Any]) -> None:
+    """transformers fills what is missing with random values, and only warns."""
+    problems = [
+        Problem("model.name_or_path", f"{settings.name_or_path} {what}: {', '.join(names)}.")
+        for what, key in (
+            ("lacks weights of a LlamaForCausalLM", "missing_keys"),
+            ("holds weights that no LlamaForCausalLM has", "unexpected_keys"),
+            ("holds weights of another shape than its config says", "mismatched_keys"),
+        )
+        if (names := sorted(map(str, loading[key]))[:5])
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def _unloadable(settings: ModelSettings, what: str, error: Exception) -> UserError:

@@ -1,13 +1,16 @@
 """LoRA on a base model: any field of ``peft.LoraConfig``, counted against the closed form."""
 
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,32 +20,52 @@ from recipe.settings import UserError, plain
 _CHANGES_BASE = ("pissa", "olora")
 
 
-def add_lora(base: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
-    """Wrap ``base`` with a fresh adapter; the base is frozen, the adapter is float32.
+def add_lora(
+    base: PreTrainedModel, lora: Mapping[str, Any], *, mixed_precision: bool = False
+) -> PeftModel:
+    """Wrap ``base`` with a fresh adapter; the base is frozen.
+
+    The LoRA matrices are float32. A module that is trained whole keeps the base's dtype, unless
+    ``mixed_precision``: a gradient scaler refuses 16-bit weights, and autocast casts float32 ones.
 
     Raises:
         UserError: a value that LoraConfig or the base refuses; an unknown target module is told
             with the modules that could be meant.
     """
+    for key in ("target_modules", "modules_to_save"):
+        _check_names(base, key, lora.get(key))
     try:
-        config = LoraConfig(**{"task_type": "CAUSAL_LM", **plain(lora)})
-    except (ValueError, TypeError) as error:
+        model = get_peft_model(base, LoraConfig(**{"task_type": "CAUSAL_LM", **plain(lora)}))
+    except (ValueError, TypeError, re.error, NotImplementedError) as error:
         raise UserError.single("lora", f"peft refuses it: {error}") from error
-    try:
-        model = get_peft_model(base, config)
-    except ValueError as error:
-        if "arget modules" not in str(error):
-            raise UserError.single("lora", f"peft refuses it: {error}") from error
-        possible = sorted(
-            {name.split(".")[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)}
-        )
-        raise UserError.single(
-            "lora.target_modules",
-            f"{lora.get('target_modules')} matches no module of this model. Choose among "
-            f"{', '.join(possible)}, or write all-linear.",
-        ) from error
+    if mixed_precision:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    # "auto" would ask the hub for the base's vocabulary size at every checkpoint.
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
     check_closed_form(model)
     return model
+
+
+def _check_names(base: PreTrainedModel, key: str, asked: object) -> None:
+    """peft is content when one name of a list matches, and trains only that one."""
+    names = {name for name, _ in base.named_modules() if name}
+    possible = sorted(
+        {name.split(".")[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    )
+    missing = [
+        str(one)
+        for one in (asked if isinstance(asked, Sequence) and not isinstance(asked, str) else ())
+        if not any(name == one or name.endswith(f".{one}") for name in names)
+    ]
+    if missing:
+        raise UserError.single(
+            f"lora.{key}",
+            f"{', '.join(missing)} matches no module of this model. Choose among "
+            f"{', '.join(possible)}"
+            + (", or write all-linear." if key == "target_modules" else "."),
+        )
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -74,11 +97,11 @@ def closed_form(model: nn.Module) -> int:
 
 def check_closed_form(model: PeftModel) -> None:
     """Count the LoRA matrices that were made and compare them with the closed form."""
-    matrices = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+    kinds = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     made = sum(
         p.numel()
         for name, p in model.named_parameters()
-        if any(matrix in name for matrix in matrices)
+        if any(f".{kind}." in name for kind in kinds) and not name.endswith(".bias")
     )
     if made != closed_form(model):
         raise AssertionError(f"{made} LoRA parameters, but r·(in + out) gives {closed_form(model)}")
@@ -95,23 +118,50 @@ def save_portable(model: PeftModel, folder: Path, initial: Path | None) -> None:
         str(folder),
         safe_serialization=True,
         path_initial_model_for_weight_conversion=str(initial) if initial else None,
-        # "auto" would ask the hub for the vocabulary size of the base.
-        save_embedding_layers=False,
     )
 
 
 def save_initial(model: PeftModel) -> tempfile.TemporaryDirectory[str] | None:
-    """Keep the start of an adapter whose initialisation changed the base; None for all others."""
+    """Keep the start of an adapter whose initialisation changed the base; None for all others.
+
+    Raises:
+        UserError: peft could not turn such an adapter into a plain LoRA when it is trained.
+    """
     config = model.peft_config["default"]
     kind = config.init_lora_weights
     if not isinstance(kind, str) or not kind.startswith(_CHANGES_BASE):
         return None
+    if config.use_dora or config.modules_to_save or config.trainable_token_indices:
+        raise UserError.single(
+            "lora.init_lora_weights",
+            f"{kind} changes the base, and together with use_dora, modules_to_save or "
+            "trainable_token_indices peft cannot make it a plain adapter. Leave one out.",
+        )
     kept = tempfile.TemporaryDirectory(prefix="recipe-initial-")
     # peft subtracts the start only if it is labelled as an ordinary adapter.
     config.init_lora_weights = True
     model.save_pretrained(kept.name, safe_serialization=True)
     config.init_lora_weights = kind
+    _rehearse_conversion(model, Path(kept.name), kind)
     return kept
+
+
+def _rehearse_conversion(model: PeftModel, initial: Path, kind: str) -> None:
+    """Convert once before training: what peft refuses must not be found out after it."""
+    with tempfile.TemporaryDirectory(prefix="recipe-rehearsal-") as folder:
+        try:
+            save_portable(model, Path(folder), initial)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UserError.single(
+                "lora.init_lora_weights", f"{kind} with these settings: peft refuses: {error}"
+            ) from error
+        saved = set(load_file(Path(folder) / "adapter_model.safetensors"))
+    if saved != set(get_peft_model_state_dict(model, save_embedding_layers=False)):
+        raise UserError.single(
+            "lora.init_lora_weights",
+            f"{kind} changes the base, and with these lora.target_modules peft cannot make it a "
+            "plain adapter. Leave one out.",
+        )
 
 
 def dtype_plan(model: PeftModel, *, fp16: bool, bf16: bool) -> dict[str, str]:

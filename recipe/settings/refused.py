@@ -19,9 +19,7 @@ class Refusal:
 
 
 PUBLISHING = Refusal("publishing is a separate step. Leave it out.")
-LAUNCH = Refusal(
-    "belongs to the launch file. Leave it out and give the file to accelerate launch --config_file."
-)
+LAUNCH = Refusal("sharding is not proven here, and not done by this version. Leave it out.")
 COMPILE = Refusal("torch.compile is not proven with LoRA dropout here. Leave it out.")
 _LIGER = Refusal("its kernels replace the loss that is proven exact here. Leave it out.")
 _OWN_LOADING = Refusal("the recipe builds its own batches and labels. Leave it out.")
@@ -66,7 +64,8 @@ TRAINING: Mapping[str, Refusal] = {
     "do_predict": _FLAG,
     "do_train": _FLAG,
     "enable_jit_checkpoint": Refusal(
-        "the recipe saves on SIGTERM and SIGINT itself, and exactly. Leave it out."
+        "its checkpoint is written inside a step, so resuming is not exact. Leave it out and set "
+        "training.save_steps."
     ),
     "eval_accumulation_steps": OWN_EVALUATION,
     "eval_do_concat_batches": OWN_EVALUATION,
@@ -104,10 +103,17 @@ TRAINING: Mapping[str, Refusal] = {
         "a checkpoint without optimizer and random state cannot be resumed exactly. Leave it out; "
         "the adapter is written on its own at the end anyway."
     ),
+    "neftune_noise_alpha": Refusal(
+        "its noise shrinks with the length of the flattened batch, so 1x8 and 8x1 rows would be "
+        "trained differently. Leave it out."
+    ),
     "torch_compile": COMPILE,
     "torch_compile_backend": COMPILE,
     "torch_compile_mode": COMPILE,
     "train_sampling_strategy": Refusal(LENGTH_GROUPING, ("group_by_length", "batch_rebalance")),
+    "use_cache": Refusal(
+        "with a cache transformers lets the rows of a flattened batch see each other. Leave it out."
+    ),
     "use_liger_kernel": _LIGER,
 }
 
@@ -158,7 +164,6 @@ TRAINING_HONOURED = frozenset(
         "max_grad_norm",
         "max_steps",
         "metric_for_best_model",
-        "neftune_noise_alpha",
         "num_train_epochs",
         "optim",
         "optim_args",
@@ -181,7 +186,6 @@ TRAINING_HONOURED = frozenset(
         "trackio_bucket_id",
         "trackio_space_id",
         "trackio_static_space_id",
-        "use_cache",
         "use_cpu",
         "warmup_steps",
         "weight_decay",

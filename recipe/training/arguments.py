@@ -1,6 +1,7 @@
 """``training:`` of the config → TrainingArguments for this process."""
 
 import os
+import tempfile
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ _OURS: dict[str, Any] = {
     # The filter replaces a NaN loss by the mean of earlier ones, and the run goes on.
     "logging_nan_inf_filter": False,
 }
+
+
+_METRICS = ("loss", "perplexity")
 
 
 def world_size() -> int:
@@ -32,21 +36,31 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     """
     asked = plain(settings.training)
     asked.pop("resume_from_checkpoint", None)
-    asked["gradient_accumulation_steps"] = _accumulation(asked)
+    asked["gradient_accumulation_steps"] = accumulation(asked)
     if asked.get("gradient_checkpointing") or asked.get("activation_checkpointing"):
         _use_non_reentrant(asked)
+    if str(asked.get("metric_for_best_model") or "loss").removeprefix("eval_") not in _METRICS:
+        raise UserError.single(
+            "training.metric_for_best_model",
+            f"{asked['metric_for_best_model']} is not measured. Choose {' or '.join(_METRICS)}.",
+        )
     asked.setdefault("report_to", "none")
     # Pinned memory speeds the copy to a GPU; without one the library warns at every run.
     asked.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     # The run's folder is made, and set here, once nothing can be refused any more.
     asked.pop("output_dir", None)
     try:
-        return TrainingArguments(output_dir="runs", **{**asked, **_OURS})
+        return TrainingArguments(output_dir=tempfile.gettempdir(), **{**asked, **_OURS})
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError.single("training", f"transformers refuses it: {error}") from error
 
 
-def _accumulation(asked: dict[str, Any]) -> int:
+def accumulation(asked: dict[str, Any]) -> int:
+    """Micro-batches a step of each process, so that the effective batch is the config's.
+
+    Raises:
+        UserError: the processes do not divide it.
+    """
     steps, processes = int(asked.get("gradient_accumulation_steps", 1)), world_size()
     if steps % processes:
         raise UserError.single(

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from recipe.sealed import damage, seal
 from recipe.settings import Problem, Settings, UserError, dump
+from recipe.training.arguments import world_size
 from recipe.training.run_log import RunLog
 
 LOG_STATE = "run_log.json"
@@ -44,12 +45,20 @@ def find_checkpoint(asked: str) -> Path:
     where = "training.resume_from_checkpoint"
     folder = Path(asked)
     if not (folder / _TRAINER_STATE).is_file():
-        found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not found:
+        numbers = [
+            int(path.name.removeprefix("checkpoint-"))
+            for path in folder.glob("checkpoint-*")
+            if path.name.removeprefix("checkpoint-").isdecimal()
+        ]
+        if not numbers:
             raise UserError.single(
                 where, f"{asked} is no checkpoint and no run that holds one. Correct the path."
             )
-        folder = found[-1]
+        folder = folder / f"checkpoint-{max(numbers)}"
+    if (folder.parent / "adapter").exists():
+        raise UserError.single(
+            where, f"{folder.parent} is finished: its adapter is there. Start a new run instead."
+        )
     problems = damage(folder)
     if problems:
         remedy = "Name an older checkpoint, or start anew."
@@ -76,6 +85,19 @@ def check_same_run(settings: Settings, data_sha256: str, run: Path) -> None:
     if manifest["data"]["sha256"] != data_sha256:
         problems.append(
             Problem("data.path", f"its rows changed since {run} began. Bring the old file back.")
+        )
+    if manifest["processes"] != world_size():
+        problems.append(
+            Problem(
+                "accelerate launch",
+                f"{world_size()} processes, but {run} began with {manifest['processes']}, and each "
+                "has its own random state. Start as many.",
+            )
+        )
+    asked = settings.training.get("output_dir")
+    if asked and Path(asked).resolve() != run.resolve():
+        problems.append(
+            Problem("training.output_dir", f"is {asked}, but {run} is continued. Leave it out.")
         )
     if problems:
         raise UserError(problems)

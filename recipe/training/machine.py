@@ -21,6 +21,7 @@ def check_machine(settings: Settings) -> None:
         _fp16_needs_an_accelerator,
         _bf16_on_cpu_is_said,
         _launcher_keeps_precision_out,
+        _launcher_shards_nothing,
         _processes_are_what_was_started,
         _one_process_one_gpu,
     ]
@@ -85,6 +86,24 @@ def _launcher_keeps_precision_out(settings: Settings) -> Problem | None:
         "accelerate launch",
         f"its mixed_precision is {launched}, the config asks for {asked}. Start with "
         "--mixed_precision no; precision belongs to the config.",
+    )
+
+
+def _launcher_shards_nothing(settings: Settings) -> Problem | None:
+    sharding = [
+        name
+        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() not in ("", "0", "false")
+    ]
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if dynamo != "no":
+        sharding.append(f"dynamo ({dynamo})")
+    if not sharding:
+        return None
+    return Problem(
+        "accelerate launch",
+        f"asks for {', '.join(sharding)}, which this version does not do. Start without it, "
+        "such as with --config_file launch/single_gpu.yaml.",
     )
 
 

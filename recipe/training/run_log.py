@@ -25,19 +25,19 @@ class RunLog(TrainerCallback):
         RunFailed: a logged value is NaN or infinite.
     """
 
-    def __init__(
-        self, folder: Path, loss: TokenLoss, *, peak_memory: Callable[[], dict[str, int]]
-    ) -> None:
-        self.file = folder / "metrics.jsonl"
+    def __init__(self, loss: TokenLoss, *, peak_memory: Callable[[], dict[str, int]]) -> None:
+        self.file = Path("metrics.jsonl")  # into the run's folder once there is one
         self.epoch_losses: list[float] = []
         self.trained_tokens = 0
         self.seconds = 0.0
         self.skipped_steps = 0
+        self.first_perplexity: float | None = None
         self._loss = loss
         self._peak_memory = peak_memory
         self._bar: tqdm[Any] | None = None
         self._epoch_started = 0.0
         self._open_seconds = 0.0  # of an epoch that a resumed run finishes
+        self._scale: float | None = None  # of the fp16 scaler, before the current step
         self._evaluating_seconds = 0.0
 
     def on_train_begin(
@@ -63,10 +63,23 @@ class RunLog(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        # accelerate marks a step whose fp16 gradients overflowed; plain optimizers have no mark.
-        self.skipped_steps += bool(getattr(optimizer, "step_was_skipped", False))
+        # accelerate's step_was_skipped stays False with a fused optimizer, the default; the scaler
+        # itself lowers its scale exactly when it skipped a step.
+        scale = _scale(optimizer)
+        self.skipped_steps += scale is not None and self._scale is not None and scale < self._scale
+        self._scale = scale
         if self._bar is not None:
             self._bar.update(1)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        self._scale = _scale(optimizer)
 
     def on_log(
         self,
@@ -74,13 +87,19 @@ class RunLog(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
         **_: Any,
     ) -> None:
         record = dict(logs or {})
+        # Overflowing gradients are how an fp16 scaler finds its scale; the step was skipped.
+        if _scale(optimizer) is not None and not math.isfinite(record.get("grad_norm") or 0.0):
+            record["grad_norm"] = None
         # Wall time and throughput of the whole call are told by the epochs, free of evaluation.
         if "train_runtime" in record:
             return
         self._evaluating_seconds += record.get("eval_runtime", 0.0)
+        if state.global_step == 0:
+            self.first_perplexity = record.get("eval_perplexity")
         self._stop_unless_finite(record, state.global_step)
         if state.is_world_process_zero:
             self._write({"step": state.global_step, **record, "skipped_steps": self.skipped_steps})
@@ -124,6 +143,7 @@ class RunLog(TrainerCallback):
             "trained_tokens": self.trained_tokens,
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
+            "first_perplexity": self.first_perplexity,
             "open_epoch": {
                 **dict(zip(("nll", "tokens"), self._loss.totals(args.device), strict=True)),
                 "seconds": self._epoch_seconds(),
@@ -132,19 +152,25 @@ class RunLog(TrainerCallback):
 
     def resume(self, state: dict[str, Any], *, main_process: bool) -> None:
         """Take up ``state``, and forget what was logged later: those steps are run again."""
-        for name in ("epoch_losses", "trained_tokens", "seconds", "skipped_steps"):
+        for name in (
+            "epoch_losses",
+            "trained_tokens",
+            "seconds",
+            "skipped_steps",
+            "first_perplexity",
+        ):
             setattr(self, name, state[name])
         step, epoch, open_epoch = state["step"], state["epoch"], state["open_epoch"]
         records = []
         if main_process:
-            lines = self.file.read_text().splitlines(keepends=True)
-            lines = [line for line in lines if json.loads(line)["step"] <= step]
-            self.file.write_text("".join(lines))
-            records = [json.loads(line) for line in lines]
+            records = [r for r in read_metrics(self.file) if r["step"] <= step]
+            self.file.write_text("".join(json.dumps(r) + "\n" for r in records))
         if epoch != round(epoch):
             self._open_seconds = open_epoch["seconds"]
             if main_process:
                 self._loss.restore(open_epoch["nll"], open_epoch["tokens"])
+            return
+        if not open_epoch["tokens"]:  # saved behind the end of the epoch, which is in the log
             return
         # Saved behind the last step of an epoch: the Trainer begins the next and ends this no more.
         record = self._close_epoch(step=step, epoch=epoch, **open_epoch)
@@ -195,3 +221,17 @@ class RunLog(TrainerCallback):
                     f"{name} is {value} at step {step}, so the adapter is broken and is not saved. "
                     "Lower training.learning_rate, or train in bf16 or fp32 instead of fp16."
                 )
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``; a last line that a crash left half-written is left out."""
+    if not file.is_file():
+        return []
+    *lines, _ = file.read_text().split("\n")
+    return [json.loads(line) for line in lines]
+
+
+def _scale(optimizer: Any) -> float | None:
+    """The scale of the fp16 gradient scaler; None without one."""
+    scaler = getattr(optimizer, "scaler", None)
+    return None if scaler is None else float(scaler.get_scale())

@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
+from recipe.settings import UserError
 from recipe.training.loss import TokenLoss, count_trained, sum_over_processes, token_nll
 
 
@@ -47,7 +48,8 @@ class TokenWeightedTrainer(Trainer):
         for batch in dataloader:
             inputs = self._prepare_inputs(batch)
             labels = inputs.pop("labels")
-            with torch.no_grad(), self.compute_loss_context_manager():
+            # autocast here too: before the first step the model is not yet wrapped in it.
+            with torch.no_grad(), self.accelerator.autocast():
                 logits = self.model(**inputs).logits[0]
             sums.append(token_nll(logits, labels).sum().item())
             tokens += int(count_trained(labels))
@@ -79,15 +81,33 @@ def build_trainer(
     loss: TokenLoss,
     callbacks: list[TrainerCallback],
 ) -> TokenWeightedTrainer:
-    """The Trainer over flattened batches; the model is moved to the device here."""
-    trainer = TokenWeightedTrainer(
-        model=model,
-        args=arguments,
-        data_collator=flatten,
-        train_dataset=train,
-        eval_dataset=held_out or None,
-        compute_loss_func=loss,
-        callbacks=callbacks,
-    )
+    """The Trainer over flattened batches; the model is moved to the device here.
+
+    Raises:
+        UserError: no full batch where one is asked for, or the library refuses an optimizer, a
+            schedule or a reporter.
+    """
+    batch = arguments.per_device_train_batch_size * arguments.world_size
+    if arguments.dataloader_drop_last and len(train) < batch:
+        raise UserError.single(
+            "training.dataloader_drop_last",
+            f"{len(train)} rows do not fill one batch of {batch}. Leave it out.",
+        )
+    try:
+        trainer = TokenWeightedTrainer(
+            model=model,
+            args=arguments,
+            data_collator=flatten,
+            train_dataset=train,
+            eval_dataset=held_out or None,
+            compute_loss_func=loss,
+            callbacks=callbacks,
+        )
+        # Made once to see whether they can be; train() makes its own.
+        trainer.create_optimizer()
+        trainer.create_scheduler(num_training_steps=100, optimizer=trainer.optimizer)
+        trainer.optimizer = trainer.lr_scheduler = None
+    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        raise UserError.single("training", f"transformers refuses it: {error}") from error
     trainer.remove_callback(PrinterCallback)  # it prints each record; ours go to metrics.jsonl
     return trainer

@@ -29,6 +29,7 @@ def test_layout():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
     assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 4, 6, 9]
+    assert batch["row_lengths"] == [4, 2, 3]
     assert batch["max_length_q"] == batch["max_length_k"] == 4
 
 

@@ -93,6 +93,11 @@ def test_a_wrong_file_gives_one_message(tmp_path, name, content, message):
     assert len(raised.value.problems) == 1
 
 
+def test_a_split_of_a_file_is_refused(write_rows):
+    with pytest.raises(UserError, match="validation is of a hub data set"):
+        read(write_rows(), split="validation")
+
+
 def test_a_missing_file_is_not_asked_of_the_hub(tmp_path):
     with pytest.raises(UserError, match="no file"):
         read(tmp_path / "absent.json")

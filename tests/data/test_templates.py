@@ -43,6 +43,37 @@ def test_chat_template_trains_the_answer_and_its_eos(tokenizer):
 
 
 @pytest.mark.parametrize(
+    ("chat_template", "output", "trained"),
+    [
+        # Llama-2-chat writes spaces around the answer.
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+            "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
+            "Apple",
+            " Apple </s>",
+        ),
+        # Llama-3 trims it.
+        (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}",
+            "Apple\n",
+            "Apple</s>",
+        ),
+    ],
+)
+def test_white_space_that_a_chat_template_writes_or_trims(
+    tokenizer, chat_template, output, trained
+):
+    kept, tokenizer.chat_template = tokenizer.chat_template, chat_template
+    try:
+        prompt, answer = ChatTemplate(tokenizer).spans(Row(0, "Name a fruit.", "", output))
+    finally:
+        tokenizer.chat_template = kept
+    assert answer == Span(trained, True)
+    assert prompt.text.endswith(("[/INST]", "<assistant>"))
+
+
+@pytest.mark.parametrize(
     ("chat_template", "message"),
     [
         (None, "no chat template"),

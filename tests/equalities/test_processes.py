@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_two_processes_train_the_adapter_of_one(write_config, tmp_path):
     config = write_config(
-        data={"rows": "0:9", "held_out": "9:12"},
+        data={"rows": "0:8", "held_out": "8:11"},
         training={
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,

@@ -20,8 +20,7 @@ def test_each_row_as_if_alone():
     lengths = [1, 5, 3]
     q = torch.randn(1, 4, 9, 8, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, 1, 2, 9, 8, generator=generator, dtype=torch.float64)
-    borders = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
-    got, weights = per_row_sdpa(None, q, k, v, None, cu_seq_lens_q=borders, scaling=0.3)
+    got, weights = per_row_sdpa(None, q, k, v, None, row_lengths=lengths, scaling=0.3)
     alone = [
         naive(*parts, 0.3)
         for parts in zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
@@ -32,5 +31,5 @@ def test_each_row_as_if_alone():
 
 def test_a_batch_without_borders_is_an_error():
     x = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="row_lengths"):
         per_row_sdpa(None, x, x, x, None)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from recipe.model.checkpoint import load_base, load_tokenizer
 from recipe.settings import ModelSettings, UserError
@@ -42,6 +43,42 @@ def test_pickled_weights_are_not_read(copy):
     torch.save(state, copy / "pytorch_model.bin")
     with pytest.raises(UserError, match="could not be loaded"):
         load_base(ModelSettings(name_or_path=str(copy)))
+
+
+def rewrite(copy, change):
+    weights = load_file(copy / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+
+
+LAYER = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(LAYER), f"lacks weights .*{LAYER}"),
+        (lambda w: w.pop("lm_head.weight"), "lacks weights .*lm_head.weight"),
+        (lambda w: w.update({"model.q_norm.weight": torch.ones(4)}), "holds weights that no"),
+        (lambda w: w.update({LAYER: torch.ones(3, 3)}), "could not be loaded|another shape"),
+    ],
+)
+def test_weights_are_never_made_up(copy, change, message):
+    rewrite(copy, change)
+    with pytest.raises(UserError, match=message):
+        load_base(ModelSettings(name_or_path=str(copy)))
+
+
+def test_truncated_weights_are_refused(copy):
+    content = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_base(ModelSettings(name_or_path=str(copy)))
+
+
+def test_a_revision_of_a_folder_is_refused(copy):
+    with pytest.raises(UserError, match="v9 is of a hub id"):
+        load_base(ModelSettings(name_or_path=str(copy), revision="v9"))
 
 
 def test_a_tokenizer_without_eos_is_refused(copy):

@@ -39,7 +39,6 @@ RIGHT = {
         "training": "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 0.1\n"
         "save_steps: 0.3"
     },
-    "neftune": {"training": "neftune_noise_alpha: 5"},
     "report to a list": {"training": "report_to: [tensorboard]"},
     "old and new name agree": {
         "training": "gradient_checkpointing: true\nactivation_checkpointing: true"

@@ -3,7 +3,7 @@
 import pytest
 
 from recipe.settings import UserError, load_settings
-from recipe.training.arguments import training_arguments
+from recipe.training.arguments import accumulation, training_arguments
 from recipe.training.machine import check_machine
 
 
@@ -12,6 +12,8 @@ from recipe.training.machine import check_machine
     [
         ({"MASTER_ADDR": "127.0.0.1"}, [], "only this one was started"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], "config asks for no"),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "asks for FSDP"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, [], r"asks for dynamo \(inductor\)"),
         ({"WORLD_SIZE": "2"}, ["training.use_cpu=false"], "would each train alone"),
     ],
 )
@@ -33,6 +35,8 @@ def test_one_process_does_not_spread_over_gpus(write_config, monkeypatch):
 
 
 def test_accumulation_is_divided_over_processes(write_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert accumulation({"gradient_accumulation_steps": 6}) == 2
     config = str(write_config(training={"gradient_accumulation_steps": 6}))
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="cannot be divided over 4 processes"):

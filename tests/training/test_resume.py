@@ -52,17 +52,52 @@ def config(write_config):
     )
 
 
-@pytest.mark.parametrize("step", [1, 2, 5])
-def test_resumed_is_uninterrupted(config, tmp_path, step):
-    whole = run(config, f"training.output_dir={tmp_path / 'whole'}")
+@pytest.mark.parametrize(
+    ("step", "overrides"),
+    [
+        (1, []),
+        (2, []),
+        (5, []),
+        (2, ["training.save_strategy=epoch"]),
+        (3, ["training.logging_steps=500", "training.eval_strategy=no", "data.held_out=null"]),
+    ],
+)
+def test_resumed_is_uninterrupted(write_config, config, tmp_path, step, overrides):
+    whole = run(config, *overrides, f"training.output_dir={tmp_path / 'whole'}")
     stopped = tmp_path / "stopped"
     with pytest.raises(RuntimeError, match="power cut"):
-        run(config, f"training.output_dir={stopped}", watchers=[StopAt(step)])
+        run(config, *overrides, f"training.output_dir={stopped}", watchers=[StopAt(step)])
     assert not (stopped / "adapter").exists()
-    resumed = run(config, f"training.resume_from_checkpoint={stopped}")
+    if (stopped / "metrics.jsonl").exists():  # as a kill in the middle of a write leaves it
+        with (stopped / "metrics.jsonl").open("a") as stream:
+            stream.write('{"step": 3, "lo')
+    resumed = run(
+        config,
+        *overrides,
+        f"training.resume_from_checkpoint={stopped}",
+        f"training.output_dir={stopped}",
+    )
     assert resumed == stopped
     assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert metrics(resumed) == metrics(whole)
+
+
+class StopAtTheEnd(TrainerCallback):
+    """Ends the run between the last step and the adapter."""
+
+    def on_train_end(self, args, state, control, **_):
+        raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize("overrides", [["training.max_steps=3"], []])
+def test_a_run_that_stopped_behind_its_last_step_takes_no_more(config, tmp_path, overrides):
+    whole = run(config, *overrides, f"training.output_dir={tmp_path / 'whole'}")
+    stopped = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, *overrides, watchers=[StopAtTheEnd()])
+    resumed = run(config, *overrides, f"training.resume_from_checkpoint={stopped}")
+    assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert {p.name for p in resumed.iterdir()} == {p.name for p in whole.iterdir()}
 
 
 def flip_a_byte(checkpoint):
@@ -98,10 +133,23 @@ def test_another_run_is_not_continued(config, tmp_path, write_rows):
     lora, seed = map(str, raised.value.problems)
     assert lora.startswith("lora.r: is 8, but")
     assert seed.startswith("training.seed: is 7, but")
+    with pytest.raises(UserError, match=r"is continued\. Leave it out"):
+        run(config, resume, f"training.output_dir={tmp_path / 'other'}")
+    manifest = tmp_path / "run/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(UserError, match=r"1 processes, but .* began with 2"):
+        run(config, resume)
+    manifest.write_text(manifest.read_text().replace('"processes": 2', '"processes": 1'))
     file = write_rows()
     file.write_text(file.read_text().replace("Apple", "Pear"))
     with pytest.raises(UserError, match="its rows changed"):
         run(config, resume)
+
+
+def test_a_finished_run_is_not_resumed(config):
+    folder = run(config)
+    with pytest.raises(UserError, match="is finished"):
+        run(config, f"training.resume_from_checkpoint={folder}")
 
 
 def test_nothing_to_resume_is_told(config, tmp_path):

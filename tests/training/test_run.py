@@ -5,10 +5,15 @@ import json
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
 
+from recipe.data.rows import read_rows
+from recipe.data.templates import build_template
+from recipe.data.tokens import tokenize_rows
 from recipe.finetune import finetune
+from recipe.model.checkpoint import load_tokenizer
 from recipe.settings import RunFailed, UserError, load_settings
 
 
@@ -87,26 +92,13 @@ def test_runs_are_numbered_and_never_overwritten(write_config, tmp_path, monkeyp
 
 @pytest.mark.parametrize("eval_batch", [1, 3, 4])
 def test_held_out_perplexity_is_weighted_by_tokens(write_config, tiny_checkpoint, eval_batch):
-    """Oracle: the stock model, one row at a time, in float64."""
-    config = write_config(data={"rows": "0:8", "held_out": "8:12"})
-    seen = {}
-
-    class Rows(TrainerCallback):
-        def on_train_begin(self, args, state, control, **_):
-            seen["args"] = args
-
-    folder = run(
-        config,
-        f"training.per_device_eval_batch_size={eval_batch}",
-        "training.max_steps=1",
-        watchers=[Rows()],
+    """Oracle: the saved adapter on the stock model, one row at a time, in float64."""
+    config = write_config(
+        lora={"lora_dropout": 0.5},  # nothing is dropped out while evaluating
+        data={"rows": "0:8", "held_out": "8:12"},
     )
-    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-
-    from recipe.data.rows import read_rows
-    from recipe.data.templates import build_template
-    from recipe.data.tokens import tokenize_rows
-    from recipe.model.checkpoint import load_tokenizer
+    folder = run(config, f"training.per_device_eval_batch_size={eval_batch}")
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
     settings = load_settings(str(config))
     tokenizer = load_tokenizer(settings.model)
@@ -117,7 +109,8 @@ def test_held_out_perplexity_is_weighted_by_tokens(write_config, tiny_checkpoint
         max_length=256,
         too_long="error",
     ).rows
-    model = LlamaForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float64)
+    base = LlamaForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float64)
+    model = PeftModel.from_pretrained(base, folder / "adapter").double().eval()
     nll = []
     for row in rows:
         ids = torch.from_numpy(row.input_ids.astype("int64"))
@@ -125,9 +118,24 @@ def test_held_out_perplexity_is_weighted_by_tokens(write_config, tiny_checkpoint
             log_probabilities = model(ids[None]).logits[0].log_softmax(-1)
         nll += [-log_probabilities[i - 1, ids[i]] for i in range(1, len(ids)) if row.trained[i]]
     mean = torch.stack(nll).mean()
-    assert first["eval_trained_tokens"] == len(nll)
-    assert first["eval_loss"] == pytest.approx(mean.item(), rel=1e-6)
-    assert first["eval_perplexity"] == pytest.approx(mean.exp().item(), rel=1e-6)
+    assert last["eval_trained_tokens"] == len(nll)
+    assert last["eval_loss"] == pytest.approx(mean.item(), rel=1e-6)
+    assert last["eval_perplexity"] == pytest.approx(mean.exp().item(), rel=1e-6)
+
+
+def test_before_and_after_are_evaluated_in_the_same_precision(write_config):
+    config = write_config(
+        data={"rows": "0:8", "held_out": "8:12"},
+        lora={"init_lora_weights": False},
+        training={"bf16": True, "learning_rate": 1e-60},
+    )
+    folder = run(config)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    before, after = (r["eval_loss"] for r in records if "eval_loss" in r)
+    assert before == after
+    single = run(config, "training.bf16=false", f"training.output_dir={folder}-fp32")
+    first = json.loads((single / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["eval_loss"] != before
 
 
 def test_nan_stops_the_run_and_saves_nothing(write_config, tmp_path):
@@ -160,6 +168,25 @@ def test_tensorboard_if_asked(write_config):
         (["training.fp16=true"], "fp16 training needs a GPU"),
         (["training.bf16=true", "training.use_cpu=false"], "must be meant"),
         (["lora.target_modules=[q_porj]"], "Choose among .*q_proj"),
+        (["lora.target_modules=[q_proj, v_porj]"], "v_porj matches no module"),
+        (["lora.modules_to_save=[lm_haed]"], "lm_haed matches no module"),
+        (["lora.target_modules=("], "peft refuses it"),
+        (["lora.init_lora_weights=pissa", "lora.use_dora=true"], "cannot make it a plain adapter"),
+        (
+            ["lora.init_lora_weights=pissa", "lora.target_modules=[q_proj, embed_tokens]"],
+            "cannot make it a plain adapter",
+        ),
+        (
+            [
+                "lora.init_lora_weights=pissa",
+                "lora.use_rslora=true",
+                "lora.rank_pattern={q_proj: 2}",
+            ],
+            "peft refuses",
+        ),
+        (["training.report_to=wandb"], "transformers refuses it: .*wandb"),
+        (["training.optim=galore_adamw"], "transformers refuses it"),
+        (["training.lr_scheduler_type=cosine_with_min_lr"], "transformers refuses it"),
         (["model.name_or_path=models/absent"], "no folder models/absent"),
         (["data.path=absent.json"], "no file absent.json"),
         (["data.max_length=20"], "data.max_length is 20"),
