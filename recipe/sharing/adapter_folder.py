@@ -50,11 +50,32 @@ def broken(model: PeftModel, folder: Path, *, converted: bool) -> list[str]:
     for name, tensor in saved.items():
         if not torch.isfinite(tensor).all():
             problems.append(f"{name}: holds NaN or infinity")
-        elif "lora_B" in name and not tensor.any():
-            problems.append(f"{name}: all zero, so it changes nothing; was anything trained?")
         elif not converted and name in expected and not torch.equal(tensor, expected[name].cpu()):
             problems.append(f"{name}: differs from the trained values")
+    problems += [
+        f"{name}: B·A is zero, so it changes nothing; was anything trained?"
+        for name, tensor in saved.items()
+        if (other := saved.get(_partner(name))) is not None and _product_is_zero(tensor, other)
+    ]
     return sorted(problems)
+
+
+def _partner(name: str) -> str:
+    """The B that belongs to an A; nothing for every other tensor."""
+    for kind in (".lora_A.", ".lora_embedding_A"):
+        if kind in name:
+            return name.replace(kind, kind.replace("A", "B"))
+    return ""
+
+
+def _product_is_zero(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """||B·A|| against ||B||·||A||, from (r, r) products: the full matrix is never made.
+
+    An untrained adapter has B = 0; an untrained PiSSA, converted, has B·A = 0 up to rounding.
+    """
+    a, b = a.double(), b.double()
+    left, right = b.T @ b, a @ a.T
+    return bool((left * right.T).sum() <= 1e-12 * left.trace() * right.trace())
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:

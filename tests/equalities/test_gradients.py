@@ -35,7 +35,9 @@ def differences(settings) -> list[float]:
     steps, rows, adapter = recipe_gradients(settings)
     stock = stock_gradients(settings, rows, adapter, rows_per_step=ROWS_PER_STEP)
     assert len(steps) == len(stock) == 2
-    return [relative_difference(a, b) for a, b in zip(steps, stock, strict=True)]
+    found = [relative_difference(a, b) for a, b in zip(steps, stock, strict=True)]
+    print("relative differences:", *(f"{value:.1e}" for value in found))
+    return found
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

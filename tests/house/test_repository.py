@@ -28,6 +28,7 @@ def test_no_name_in_recipe_shadows_a_library():
 def test_each_config_is_valid_short_and_introduced(config):
     text = config.read_text()
     assert len(text.splitlines()) <= 40
+    assert re.search(r"# Hardware:(.|\n#)*20\d\d-\d\d-\d\d", text), "measured when?"
     for word in ("# Trains:", "# Hardware:", "# Launch:", "# Override:"):
         assert word in text
     load_settings(str(config))

@@ -18,7 +18,7 @@ def scaled(monkeypatch):
         trainer = build(*arguments, **named)
         trainer.accelerator.native_amp = True
         trainer.accelerator.state._mixed_precision = "fp16"
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
         return trainer
 
     monkeypatch.setattr(finetune_module, "build_trainer", with_scaler)

@@ -150,9 +150,10 @@ def test_nan_stops_the_run_and_saves_nothing(write_config, tmp_path):
     assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
 
 
-def test_an_adapter_that_learned_nothing_is_not_saved(write_config, tmp_path):
-    with pytest.raises(RunFailed, match="all zero, so it changes nothing"):
-        run(write_config(training={"learning_rate": 1e-60, "max_steps": 1}))
+@pytest.mark.parametrize("lora", [{}, {"init_lora_weights": "pissa"}])
+def test_an_adapter_that_learned_nothing_is_not_saved(write_config, tmp_path, lora):
+    with pytest.raises(RunFailed, match="B·A is zero, so it changes nothing"):
+        run(write_config(lora=lora, training={"learning_rate": 1e-60, "max_steps": 1}))
     assert not (tmp_path / "run/adapter").exists()
 
 
