@@ -62,7 +62,7 @@ def load_answerer(
     """
     if adapter == "none":
         return _base_alone(_base_settings(model, runs), template)
-    folder = Path(adapter) if adapter else newest_adapter(runs)
+    folder = _adapter_folder(Path(adapter)) if adapter else newest_adapter(runs)
     receipt = read_receipt(folder)
     settings = _settings(receipt["base"])
     tokenizer = load_tokenizer(settings)
@@ -70,6 +70,11 @@ def load_answerer(
     template_of_run = build_template(receipt["template"], tokenizer)
     described = f"{folder} on {settings.name_or_path}, {template_of_run.name} template, greedy"
     return Answerer(_on_device(tuned), tokenizer, template_of_run, described)
+
+
+def _adapter_folder(named: Path) -> Path:
+    """A run's folder stands for the adapter in it."""
+    return named / "adapter" if (named / "adapter").is_dir() else named
 
 
 def _base_alone(settings: ModelSettings, template: str | None) -> Answerer:

@@ -82,7 +82,9 @@ def conclusion(
 ) -> list[str]:
     """Lines for the screen after the adapter was saved; perplexities are None without rows."""
     losses = log.epoch_losses
-    learned = f"training loss {losses[0]:.3f} → {losses[-1]:.3f}"
+    learned = f"training loss {losses[0]:.3f}"
+    if len(losses) > 1:
+        learned += f" → {losses[-1]:.3f}"
     if before is not None and after is not None:
         learned = f"held-out perplexity {before:.2f} → {after:.2f} · {learned}"
     return [

@@ -89,7 +89,7 @@ def _records(settings: DataSettings) -> tuple[list[Any], str]:
 def _local(path: Path) -> tuple[list[Any], str]:
     if path.suffix not in LOCAL_SUFFIXES:
         raise UserError.single(
-            "data.path", f"{path} is neither .json nor .jsonl. Convert it, or rename it."
+            "data.path", f"{path} is neither .json nor .jsonl. Convert it to one of them."
         )
     content = path.read_bytes()
     try:
@@ -108,17 +108,26 @@ def _json_list(path: Path, text: str) -> list[Any]:
     try:
         loaded = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":
+            raise UserError.single(
+                f"{path}:{getattr(error, 'lineno', 1)}",
+                "a second JSON value begins here. If each line is a row, rename it to .jsonl.",
+            ) from None
         raise UserError.single(*_broken_json(path, error)) from None
     if not isinstance(loaded, list):
         found = "an object" if isinstance(loaded, dict) else type(loaded).__name__
         raise UserError.single(
-            str(path), f"expected a JSON list of rows, found {found}. Wrap the rows in [ ]."
+            str(path), f"expected a JSON list of rows, found {found}. Keep only the list."
         )
     return loaded
 
 
 def _json_lines(path: Path, text: str) -> list[Any]:
     records, problems = [], []
+    if text.lstrip().startswith("["):
+        raise UserError.single(
+            str(path), "begins with [, so it is a JSON list of rows. Rename the file to .json."
+        )
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -137,7 +146,8 @@ def _broken_json(
     if isinstance(error, RecursionError):
         return f"{path}:{line or 1}", "nested too deeply to be a row. Correct the file."
     where = f"{path}:{line or error.lineno}"
-    return where, f"not JSON: {error.msg} at column {error.colno}. Correct the line."
+    reason = error.msg.removesuffix(" at")
+    return where, f"not JSON: {reason} at column {error.colno}. Correct the line."
 
 
 def _from_hub(settings: DataSettings) -> tuple[list[Any], str]:
@@ -163,7 +173,9 @@ def _slice(where: str, text: str | None, total: int, *, source: str) -> range:
     taken = range(start, total if stop is None else stop)
     if taken.stop > total or not taken:
         raise UserError.single(
-            where, f"asks for {text}, but {source} holds {total} rows (0:{total}). Shorten it."
+            where,
+            f"asks for {text}, but {source} holds {total} rows (0:{total}). Name rows that are "
+            "there; data.rows=null data.held_out=null trains on all.",
         )
     return taken
 

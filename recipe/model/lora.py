@@ -32,6 +32,11 @@ def add_lora(
         UserError: a value that LoraConfig or the base refuses; an unknown target module is told
             with the modules that could be meant.
     """
+    targets = lora.get("target_modules")
+    if isinstance(targets, str) and "," in targets and "[" not in targets and "(" not in targets:
+        raise UserError.single(
+            "lora.target_modules", f"{targets} is one text. Write a list: [{targets}]."
+        )
     for key in ("target_modules", "modules_to_save"):
         _check_names(base, key, lora.get(key))
     try:

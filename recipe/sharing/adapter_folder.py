@@ -52,11 +52,16 @@ def broken(model: PeftModel, folder: Path, *, converted: bool) -> list[str]:
             problems.append(f"{name}: holds NaN or infinity")
         elif not converted and name in expected and not torch.equal(tensor, expected[name].cpu()):
             problems.append(f"{name}: differs from the trained values")
-    problems += [
-        f"{name}: B·A is zero, so it changes nothing; was anything trained?"
+    zero = [
+        name
         for name, tensor in saved.items()
         if (other := saved.get(_partner(name))) is not None and _product_is_zero(tensor, other)
     ]
+    if zero:
+        problems.append(
+            f"{zero[0]} and {len(zero) - 1} more: B·A is zero, so it changes nothing. Was the "
+            "learning rate 0 in every step, as in a run shorter than training.warmup_steps?"
+        )
     return sorted(problems)
 
 
@@ -85,8 +90,9 @@ def read_receipt(folder: Path) -> dict[str, Any]:
         UserError: no adapter of this recipe is there, or a file of it changed.
     """
     if not (folder / RECEIPT).is_file():
+        found = f"holds no {RECEIPT}" if folder.is_dir() else "is no folder"
         raise UserError.single(
-            "adapter", f"{folder} holds no {RECEIPT}. Name a folder that train.py wrote."
+            "adapter", f"{folder} {found}. Name a run that was finished, or its adapter folder."
         )
     problems = damage(folder)
     if problems:

@@ -46,8 +46,8 @@ def idle_threads(arguments: TrainingArguments) -> str | None:
     if arguments.device.type != "cpu" or given >= fair:
         return None
     return (
-        f"{given} of {cores} CPU cores: accelerate launch sets OMP_NUM_THREADS=1 unless it gets "
-        f"--num_cpu_threads_per_process {fair}"
+        f"{given} of {cores} CPU cores, by OMP_NUM_THREADS; accelerate launch sets it to 1 unless "
+        f"it gets --num_cpu_threads_per_process {fair}"
     )
 
 

@@ -80,6 +80,8 @@ WRONG = [
         "row 1: expected an object, found a number",
     ),
     ("rows.json", b'[{"instruction": "a", "output": ""}]', "every row .* has an empty output"),
+    ("rows.json", b'{"output": 1}\n{"output": 2}\n', "rename it to .jsonl"),
+    ("rows.jsonl", b'[{"instruction": "a", "output": "b"}]', "Rename the file to .json"),
     ("rows.csv", b"instruction,output\na,b\n", "neither .json nor .jsonl"),
 ]
 

@@ -158,7 +158,6 @@ def test_an_adapter_that_learned_nothing_is_not_saved(write_config, tmp_path, lo
 
 
 def test_tensorboard_if_asked(write_config):
-    pytest.importorskip("tensorboard")
     folder = run(write_config(), "training.report_to=tensorboard", "training.max_steps=1")
     assert list(folder.rglob("events.out.tfevents.*"))
 
@@ -170,6 +169,7 @@ def test_tensorboard_if_asked(write_config):
         (["training.bf16=true", "training.use_cpu=false"], "must be meant"),
         (["lora.target_modules=[q_porj]"], "Choose among .*q_proj"),
         (["lora.target_modules=[q_proj, v_porj]"], "v_porj matches no module"),
+        (["lora.target_modules=q_proj,v_proj"], "Write a list: .q_proj,v_proj."),
         (["lora.modules_to_save=[lm_haed]"], "lm_haed matches no module"),
         (["lora.target_modules=("], "peft refuses it"),
         (["lora.init_lora_weights=pissa", "lora.use_dora=true"], "cannot make it a plain adapter"),
