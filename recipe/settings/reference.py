@@ -35,7 +35,7 @@ def _section(name: str) -> str:
             lines.append(_row(key, option))
             lines += [_row(f"{key}.{k}", inner) for k, inner in (option.inner or {}).items()]
     if refused:
-        lines += ["", f"Refused, each with its reason: {', '.join(sorted(refused))}."]
+        lines += ["", f"Refused, with the reason in the message: {', '.join(sorted(refused))}."]
     return "\n".join([*lines, ""])
 
 
@@ -46,7 +46,7 @@ def _row(key: str, option: Option) -> str:
     )
     if not isinstance(option.default, Absent):
         default = f"`{'null' if option.default is None else option.default}`"
-    cells = (f"`{key}`", _values(option), default, option.help)
+    cells = (f"`{key}`", _values(option), default, option.help.replace("%%", "%"))
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
