@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from recipe.data.templates import Prompts, RawText, build_template
+from recipe.data.templates import Template, build_template
 from recipe.decoding.greedy import answer
 from recipe.model.checkpoint import load_base, load_tokenizer
 from recipe.settings import ModelSettings, UserError
-from recipe.sharing.adapter_folder import newest_adapter, read_receipt
+from recipe.sharing.adapter_folder import load_adapter, newest_adapter, read_receipt
 
 STARTER = "models/smollm2-135m-instruct"
 # The flattened batch's attention knows no cache; decoding takes the library's.
@@ -29,7 +28,7 @@ class Answerer:
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    template: Prompts
+    template: Template
     described: str
 
     def answer(
@@ -66,7 +65,7 @@ def load_answerer(
     receipt = read_receipt(folder)
     settings = _settings(receipt["base"])
     tokenizer = load_tokenizer(settings)
-    tuned = PeftModel.from_pretrained(load_base(settings), str(folder)).eval()
+    tuned = load_adapter(load_base(settings), folder).eval()
     template_of_run = build_template(receipt["template"], tokenizer)
     described = f"{folder} on {settings.name_or_path}, {template_of_run.name} template, greedy"
     return Answerer(_on_device(tuned), tokenizer, template_of_run, described)
@@ -80,10 +79,7 @@ def _adapter_folder(named: Path) -> Path:
 def _base_alone(settings: ModelSettings, template: str | None) -> Answerer:
     tokenizer = load_tokenizer(settings)
     base = load_base(settings).eval()
-    if template:
-        chosen: Prompts = build_template(template, tokenizer)
-    else:
-        chosen = build_template("chat", tokenizer) if tokenizer.chat_template else RawText()
+    chosen = build_template(template or ("chat" if tokenizer.chat_template else "raw"), tokenizer)
     described = f"{settings.name_or_path} without adapter, {chosen.name} template, greedy"
     return Answerer(_on_device(base), tokenizer, chosen, described)
 

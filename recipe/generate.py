@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--model",
         help="the base, with --adapter none; default: the newest adapter's base",
     )
-    parser.add_argument("--template", choices=["alpaca", "chat"], help="with --adapter none")
+    parser.add_argument("--template", choices=["alpaca", "chat", "raw"], help="with --adapter none")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = parser.parse_args(arguments)
     _check(args)

@@ -10,26 +10,13 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 import recipe
-from recipe.data.rows import Rows
-from recipe.data.templates import Template
-from recipe.data.tokens import TokenizedRows
 from recipe.memory.probe import in_words, peak_memory
+from recipe.model.checkpoint import generation_config_notes
 from recipe.model.lora import dtype_plan, total_parameters, trainable_parameters
+from recipe.run_data import Data, left_out, summary
 from recipe.settings import Settings, plain
 from recipe.training.machine import device_name, idle_threads
 from recipe.training.run_log import RunLog
-
-_SHOWN_ROWS = 10
-
-
-@dataclass(frozen=True)
-class Data:
-    """The rows of a run, and what became of them."""
-
-    rows: Rows
-    template: Template
-    train: TokenizedRows
-    held_out: TokenizedRows
 
 
 @dataclass(frozen=True)
@@ -40,7 +27,6 @@ class Run:
     arguments: TrainingArguments
     data: Data
     model: PeftModel
-    folder: Path
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -48,8 +34,8 @@ class Run:
         return dtype_plan(self.model, fp16=self.arguments.fp16, bf16=self.arguments.bf16)
 
 
-def introduction(run: Run) -> list[str]:
-    """Lines for the screen before the first step."""
+def introduction(run: Run, folder: Path | None) -> list[str]:
+    """Lines for the screen before the first step; ``folder`` is None when nothing is written."""
     settings, arguments, data = run.settings, run.arguments, run.data
     total, trainable = total_parameters(run.model), trainable_parameters(run.model)
     lora = run.model.peft_config["default"]
@@ -58,19 +44,17 @@ def introduction(run: Run) -> list[str]:
         arguments.gradient_accumulation_steps,
     )
     processes = arguments.world_size
-    held_out = f" · {len(data.held_out.rows)} rows held out" if settings.data.held_out else ""
     threads = idle_threads(arguments)
     return [
-        f"run       {settings.name} → {run.folder} · {device_name(arguments)}",
+        f"run       {settings.name} → {folder or 'no folder (--check)'} · {device_name(arguments)}",
         *([f"          {threads}"] if threads else []),
         f"base      {settings.model.name_or_path} · {total:,} parameters in {run.dtypes['base']}",
+        *(f"          {note}" for note in generation_config_notes(settings.model)),
         f"adapter   LoRA r={lora.r} alpha={lora.lora_alpha} dropout={lora.lora_dropout} · "
         f"{trainable:,} trainable of {total + trainable:,} in {run.dtypes['adapter']} · "
         f"compute {run.dtypes['compute']}",
-        f"data      {len(data.train.rows)} rows of {settings.data.path} · {data.train.tokens:,} "
-        f"tokens, {data.train.trained_tokens:,} of them trained · {data.template.name} template"
-        f"{held_out}",
-        *(f"          {note}" for note in _left_out(data)),
+        summary(settings, data),
+        *left_out(data),
         f"step      {batch * accumulation * processes} rows = {batch} × {accumulation} accumulated "
         f"× {processes} process{'es' if processes > 1 else ''}",
         *_repeated_rows(run),
@@ -78,7 +62,13 @@ def introduction(run: Run) -> list[str]:
 
 
 def conclusion(
-    run: Run, log: RunLog, *, before: float | None, after: float | None, seconds: float
+    run: Run,
+    log: RunLog,
+    folder: Path,
+    *,
+    before: float | None,
+    after: float | None,
+    seconds: float,
 ) -> list[str]:
     """Lines for the screen after the adapter was saved; perplexities are None without rows."""
     losses = log.epoch_losses
@@ -91,10 +81,10 @@ def conclusion(
         f"learned   {learned}",
         f"cost      {seconds:.0f} s in all, {log.seconds:.0f} s of them training · peak memory "
         f"{in_words(peak_memory())} · {log.skipped_steps} skipped steps",
-        f"saved     {run.folder / 'adapter'} (reopened: whole, finite, as trained)",
-        f"          {run.folder / 'loss.png'}, {run.folder / 'metrics.jsonl'}",
+        f"saved     {folder / 'adapter'} (reopened: whole, finite, as trained)",
+        f"          {folder / 'loss.png'}, {folder / 'metrics.jsonl'}",
         'next      make infer PROMPT="…"  asks it; ADAPTER=none asks the base',
-        f"          make train CONFIG={run.folder / 'settings.yaml'}  repeats this run",
+        f"          make train CONFIG={folder / 'settings.yaml'}  repeats this run",
     ]
 
 
@@ -115,7 +105,11 @@ def manifest_facts(run: Run) -> dict[str, Any]:
             "held_out": len(data.held_out.rows),
             "tokens": data.train.tokens,
             "trained_tokens": data.train.trained_tokens,
+            "format": data.rows.format,
+            "template": data.template.name,
             "dropped_empty": data.rows.empty,
+            "dropped_overlap": data.rows.overlap,
+            "repeated": data.rows.repeated,
             "dropped_long": data.train.dropped + data.held_out.dropped,
             "truncated": data.train.truncated + data.held_out.truncated,
         },
@@ -139,22 +133,6 @@ def receipt(run: Run) -> dict[str, Any]:
         "data_sha256": run.data.rows.sha256,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
-
-
-def _left_out(data: Data) -> list[str]:
-    notes = []
-    if data.rows.ignored_columns:
-        notes.append(f"columns not used: {', '.join(data.rows.ignored_columns)}")
-    for indices, what in (
-        (data.rows.empty, "dropped, output empty"),
-        (data.train.dropped + data.held_out.dropped, "dropped, longer than max_length"),
-        (data.train.truncated + data.held_out.truncated, "cut at max_length, EOS not trained"),
-    ):
-        if indices:
-            more = ", …" if len(indices) > _SHOWN_ROWS else ""
-            shown = ", ".join(map(str, indices[:_SHOWN_ROWS])) + more
-            notes.append(f"{len(indices)} row{'s'[: len(indices) > 1]} {what}: {shown}")
-    return notes
 
 
 def _repeated_rows(run: Run) -> list[str]:

@@ -30,6 +30,8 @@ def flatten(rows: Sequence[TokenizedRow]) -> Batch:
         ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 (rows + 1), where each row begins and T;
         ``max_length_q``, ``max_length_k``: int, tokens of the longest row;
         ``row_lengths``: list of int, t1, t2, …; on the host, so that no kernel launch waits for it;
+        ``row_indices``: list of int, each row's ``index``; the Trainer takes them off for what it
+        has to say of these rows, and no model sees them;
         ``logits_to_keep``: int64 (K,), positions whose next token is trained, filled up to a
         multiple of ``KEPT_MULTIPLE`` with position 0;
         ``labels``, ``shift_labels``: int64 (K,), the tokens those positions must predict, and
@@ -58,6 +60,7 @@ def flatten(rows: Sequence[TokenizedRow]) -> Batch:
         "max_length_q": longest,
         "max_length_k": longest,
         "row_lengths": lengths.tolist(),
+        "row_indices": [row.index for row in rows],
         "logits_to_keep": torch.from_numpy(kept),
         "labels": labels,
         "shift_labels": labels,

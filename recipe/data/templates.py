@@ -3,9 +3,13 @@
 The prompt's bytes are made here and nowhere else: training and generation both ask a template.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from recipe.data.formats import Message
 from recipe.data.rows import Row
 from recipe.settings import UserError
 
@@ -24,6 +28,10 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
+# A template that asks for today's date (Llama 3.2's does) would write other tokens tomorrow than
+# the adapter was trained on. It gets the date that Llama 3's templates fall back to.
+_DATE = datetime(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class Span(NamedTuple):
@@ -33,9 +41,15 @@ class Span(NamedTuple):
     trained: bool
 
 
-class Prompts(Protocol):
-    """Writes the prompt's bytes. ``name`` travels with the adapter; ``add_special_tokens`` is
-    False where the text itself brings the BOS.
+class UnfitRowError(Exception):
+    """A row that a template cannot write; the message says why and what to do."""
+
+
+class Template(Protocol):
+    """A prompt and the responses to train on.
+
+    ``name`` travels with the adapter; ``add_special_tokens`` is False where the text itself brings
+    the BOS; ``source`` is whatever the bytes depend on.
     """
 
     @property
@@ -44,46 +58,63 @@ class Prompts(Protocol):
     @property
     def add_special_tokens(self) -> bool: ...
 
+    @property
+    def source(self) -> str: ...
+
     def prompt(self, instruction: str, context: str = "") -> str:
         """What the model reads before it answers."""
         ...
 
-
-class Template(Prompts, Protocol):
-    """A prompt and the response to train on."""
-
     def spans(self, row: Row) -> list[Span]:
-        """The whole row; the spans' texts join to what is tokenised."""
+        """The whole row; the spans' texts join to what is tokenised.
+
+        Raises:
+            UnfitRowError: this template cannot write such a row.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class AlpacaTemplate:
-    """The Alpaca prompt; the response ends with the tokenizer's EOS, which is trained."""
+class RawTemplate:
+    """Prompt and response as they are, and the tokenizer's EOS, which is trained, behind them."""
 
     eos_token: str
-    name: str = "alpaca"
+    name: str = "raw"
     add_special_tokens: bool = True
+    source: str = ""
+
+    def prompt(self, instruction: str, context: str = "") -> str:
+        return f"{instruction}\n\n{context}" if context else instruction
+
+    def spans(self, row: Row) -> list[Span]:
+        question, answer = _single_turn(row, self.name)
+        return [
+            Span(self.prompt(question.content, question.context), trained=False),
+            Span(answer.content + self.eos_token, trained=True),
+        ]
+
+
+@dataclass(frozen=True)
+class AlpacaTemplate(RawTemplate):
+    """The Alpaca prompt; the rest is as in ``RawTemplate``."""
+
+    name: str = "alpaca"
+    source: str = ALPACA_WITH_INPUT + ALPACA_WITHOUT_INPUT
 
     def prompt(self, instruction: str, context: str = "") -> str:
         if context:
             return ALPACA_WITH_INPUT.format(instruction=instruction, input=context)
         return ALPACA_WITHOUT_INPUT.format(instruction=instruction)
 
-    def spans(self, row: Row) -> list[Span]:
-        return [
-            Span(self.prompt(row.instruction, row.input), trained=False),
-            Span(row.output + self.eos_token, trained=True),
-        ]
-
 
 class ChatTemplate:
-    """The tokenizer's own chat template, one user turn and one assistant turn.
+    """The tokenizer's own chat template.
 
-    Trained is the answer up to and with its EOS; what the template writes after it is left out.
+    Trained is each answer up to and with its EOS, and nothing else. Each prompt is written as
+    generation will write it, and must be how the whole conversation begins.
 
     Raises:
-        UserError: the tokenizer has no chat template, or it writes no EOS after an answer.
+        UserError: the tokenizer has no chat template, or one that cannot be rendered.
     """
 
     name = "chat"
@@ -96,54 +127,88 @@ class ChatTemplate:
                 "the tokenizer of this model has no chat template. Use data.template: alpaca.",
             )
         self._tokenizer = tokenizer
+        try:
+            self.source = _TODAY.sub(_that_day, tokenizer.get_chat_template())
+            if "strftime_now(" in self.source:
+                raise UnfitRowError("it writes today's date, which is another one tomorrow.")
+            self.prompt("Hello")
+        except UnfitRowError as error:
+            raise UserError.single(
+                "data.template",
+                f"the tokenizer's chat template cannot be used: {error} Use data.template: alpaca, "
+                "or correct the template of the checkpoint.",
+            ) from error
 
     def prompt(self, instruction: str, context: str = "") -> str:
-        return self._render([self._user(instruction, context)], add_generation_prompt=True)
+        return self._render([Message("user", instruction, context)], add_generation_prompt=True)
 
     def spans(self, row: Row) -> list[Span]:
-        prompt = self.prompt(row.instruction, row.input)
-        answer = {"role": "assistant", "content": row.output}
-        whole = self._render([self._user(row.instruction, row.input), answer])
-        eos, output = str(self._tokenizer.eos_token), row.output.strip()
+        whole = self._render(row.messages)
+        spans: list[Span] = []
+        written = ""
+        for number, message in enumerate(row.messages):
+            if message.role != "assistant":
+                continue
+            prompt = self._render(row.messages[:number], add_generation_prompt=True)
+            response = self._response(whole, prompt, message.content)
+            if response is None or not prompt.startswith(written):
+                raise UnfitRowError(
+                    "the tokenizer's chat template does not write prompt, answer and "
+                    f"{str(self._tokenizer.eos_token)!r} in this order (turn {number}), so what to "
+                    "train on is unknown. Use data.template: alpaca, or another base."
+                )
+            spans += [Span(prompt.removeprefix(written), False), Span(response, True)]
+            written = prompt + response
+        return spans
+
+    def _response(self, whole: str, prompt: str, answer: str) -> str | None:
+        """What ``whole`` writes behind ``prompt``, up to and with the EOS."""
+        eos, output = str(self._tokenizer.eos_token), answer.strip()
         # Some templates write a space before the answer, some trim it; both are trained as written.
-        rest = whole.removeprefix(prompt)
-        begin, found, after = rest.partition(output)
+        begin, found, after = whole.removeprefix(prompt).partition(output)
         tail, ended, _ = after.partition(eos)
         if not whole.startswith(prompt) or begin.strip() or tail.strip() or not (found and ended):
-            raise UserError.single(
-                f"row {row.index}",
-                f"the tokenizer's chat template does not write prompt, answer and {eos!r} in this "
-                "order, so what to train on is unknown. Use data.template: alpaca.",
-            )
-        return [Span(prompt, trained=False), Span(begin + output + tail + eos, trained=True)]
+            return None
+        return begin + output + tail + eos
 
-    def _user(self, instruction: str, context: str) -> dict[str, str]:
-        content = f"{instruction}\n\n{context}" if context else instruction
-        return {"role": "user", "content": content}
-
-    def _render(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
-    ) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        turns = [{"role": message.role, "content": _joined(message)} for message in messages]
+        try:
+            text: Any = self._tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=self.source,
             )
+        except Exception as error:  # a template is a program, and can raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UnfitRowError(f"the chat template refuses it ({reason}).") from error
+        return str(text)
+
+
+def _that_day(call: re.Match[str]) -> str:
+    return repr(_DATE.strftime(call[2]))
+
+
+def _joined(message: Message) -> str:
+    return f"{message.content}\n\n{message.context}" if message.context else message.content
+
+
+def _single_turn(row: Row, template: str) -> tuple[Message, Message]:
+    if [message.role for message in row.messages] != ["user", "assistant"]:
+        turns = ", ".join(message.role for message in row.messages[:4])
+        more = ", …" if len(row.messages) > 4 else ""
+        raise UnfitRowError(
+            f"has the turns {turns}{more}; the {template} template writes one question and one "
+            "answer. Use data.template: chat."
         )
-
-
-@dataclass(frozen=True)
-class RawText:
-    """The prompt as it is, for a base model without a chat template; nothing is trained so."""
-
-    name: str = "raw"
-    add_special_tokens: bool = True
-
-    def prompt(self, instruction: str, context: str = "") -> str:
-        return f"{instruction}\n\n{context}" if context else instruction
+    question, answer = row.messages
+    return question, answer
 
 
 def build_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Template:
-    """The template of that name for this tokenizer: ``alpaca`` or ``chat``."""
-    if name == "alpaca":
-        return AlpacaTemplate(eos_token=str(tokenizer.eos_token))
-    return ChatTemplate(tokenizer)
+    """The template of that name for this tokenizer: ``alpaca``, ``chat`` or ``raw``."""
+    if name == "chat":
+        return ChatTemplate(tokenizer)
+    eos = str(tokenizer.eos_token)
+    return AlpacaTemplate(eos) if name == "alpaca" else RawTemplate(eos)

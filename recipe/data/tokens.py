@@ -1,15 +1,16 @@
 """Spans → token ids with an exact mask, and the invariants that make the mask trustworthy."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from recipe.data.rows import Row, first
-from recipe.data.templates import Span, Template
+from recipe.data.rows import Row
+from recipe.data.templates import Span, Template, UnfitRowError
 from recipe.settings import Problem, UserError
 
 if TYPE_CHECKING:
@@ -30,99 +31,98 @@ class TokenizedRow:
         return len(self.input_ids)
 
 
-@dataclass
-class TokenizedRows:
-    """The rows that are kept, and the indices of those that ``max_length`` touched."""
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row before it is accepted.
 
-    rows: list[TokenizedRow] = field(default_factory=list)
-    dropped: list[int] = field(default_factory=list)
-    truncated: list[int] = field(default_factory=list)
+    ``borders`` are the ids of the text up to and with each span, each tokenised on its own; the
+    last are the whole row's. ``offsets``, int (tokens, 2), are the characters of each of them, and
+    None where the tokenizer is not a fast one and does not tell.
+    """
+
+    spans: list[Span]
+    borders: list[list[int]]
+    offsets: NDArray[np.int64] | None
 
     @property
-    def tokens(self) -> int:
-        return sum(map(len, self.rows))
+    def ids(self) -> NDArray[np.int32]:
+        return np.asarray(self.borders[-1], dtype=np.int32)
 
-    @property
-    def trained_tokens(self) -> int:
-        return sum(int(row.trained.sum()) for row in self.rows)
+    def mask(self) -> NDArray[np.bool_]:
+        """True for the tokens of trained spans."""
+        mask = np.zeros(len(self.borders[-1]), dtype=np.bool_)
+        stops = [len(ids) for ids in self.borders]
+        for start, stop, span in zip([0, *stops[:-1]], stops, self.spans, strict=True):
+            mask[start:stop] = span.trained
+        return mask
 
 
 def tokenize_rows(
-    rows: Sequence[Row],
-    template: Template,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_length: int,
-    too_long: str,
-) -> TokenizedRows:
-    """Tokenise rows through ``template``; nothing is cut unless ``too_long`` says so.
+    rows: Sequence[Row], template: Template, tokenizer: "PreTrainedTokenizerBase", *, source: str
+) -> list[TokenizedRow]:
+    """Tokenise whole rows through ``template``; nothing is cut here.
 
     Args:
-        max_length: in tokens, EOS included.
-        too_long: what happens to a longer row: ``error``, ``drop`` or ``truncate``.
+        source: where the rows come from, for the messages.
 
     Raises:
-        UserError: a row breaks an invariant (see ``broken_invariant``) or is too long under
-            ``error``; the first ten rows are named and all are counted.
+        UserError: a row breaks an invariant (see ``broken_invariant``) or does not fit the
+            template; the first ten rows are named and all are counted.
     """
-    result = TokenizedRows()
+    tokenized: list[TokenizedRow] = []
     problems: list[Problem] = []
-    for row, spans, ids in _encoded(rows, template, tokenizer):
-        broken = broken_invariant(ids, spans, tokenizer)
-        if broken:
-            problems.append(Problem(f"row {row.index}", broken))
-            continue
-        tokenized = TokenizedRow(
-            row.index, np.asarray(ids[-1], dtype=np.int32), _mask([len(i) for i in ids], spans)
-        )
-        if len(tokenized) <= max_length:
-            result.rows.append(tokenized)
-        elif too_long == "error":
-            problems.append(Problem(f"row {row.index}", _too_long(len(tokenized), max_length)))
-        else:
-            _shorten(tokenized, max_length, too_long, result)
+    bar = tqdm(total=len(rows), desc="tokenising", unit="row", delay=2, leave=False, disable=None)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        chunk = rows[start : start + _ROWS_AT_ONCE]
+        for row, encoded in _encoded(chunk, template, tokenizer):
+            if isinstance(encoded, EncodedRow):
+                mask = encoded.mask()
+                wrong = broken_invariant(encoded, mask, tokenizer)
+                tokenized.append(TokenizedRow(row.index, encoded.ids, mask))
+            else:
+                wrong = encoded
+            if wrong:
+                problems.append(Problem(f"{source}: row {row.index}", wrong))
+        bar.update(len(chunk))
+    bar.close()
     if problems:
-        raise UserError(first(problems))
-    if rows and not result.rows:
-        raise UserError.single(
-            "data.max_length", f"no row fits into {max_length} tokens. Raise it."
-        )
-    return result
+        raise UserError.first_of(problems)
+    return tokenized
 
 
 def broken_invariant(
-    ids: Sequence[Sequence[int]], spans: Sequence[Span], tokenizer: "PreTrainedTokenizerBase"
+    encoded: EncodedRow, mask: NDArray[np.bool_], tokenizer: "PreTrainedTokenizerBase"
 ) -> str | None:
-    """Say which invariant a row breaks, with its remedy; None when all hold.
+    """Say which invariant a row breaks first, with its remedy; None when all hold.
 
     Args:
-        ids: token ids of the text up to and with each span; the last are the whole row's.
+        mask: bool (tokens,), what would be trained.
     """
-    whole = ids[-1]
+    whole = encoded.borders[-1]
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    for border in ids[:-1]:
-        if list(whole[: len(border)]) != list(border):
-            at = next(
-                (i for i, (a, b) in enumerate(zip(border, whole, strict=False)) if a != b),
-                len(whole),
-            )
-            merged = tokenizer.decode(whole[max(at - 2, 0) : at + 2])
-            return (
-                "the prompt's ids are not a prefix of the row's: the tokenizer merges across the "
-                f"border, near {merged!r}. Remove what the response begins with, or change the "
-                "template."
-            )
+    for border in encoded.borders[:-1]:
+        if whole[: len(border)] != border:
+            return _merged_border(whole, border, tokenizer)
     if len(whole) > 1 and bos is not None and whole[0] == whole[1] == bos:
-        return "begins with the BOS token twice: the tokenizer and the text both write it."
-    trained = np.asarray(whole)[_mask([len(i) for i in ids], spans)]
-    if not len(trained):
-        return "trains no token: its response is empty."
-    if trained[-1] != eos:
+        return (
+            "begins with the BOS token twice: the tokenizer and the text both write it. Use "
+            "another data.template, or remove it from the text."
+        )
+    if not mask.any():
+        return "trains no token: its response is empty. Correct or remove it."
+    if encoded.offsets is not None and (mask != _mask_by_offsets(encoded, mask)).any():
+        return (
+            "the trained tokens are not those of its response: tokenizer and template disagree "
+            "about where it begins. Use another data.template."
+        )
+    pairs = zip(encoded.borders, encoded.spans, strict=True)
+    last = [len(ids) - 1 for ids, span in pairs if span.trained]
+    if any(whole[at] != eos or not mask[at] for at in last):
         return (
             f"its EOS ({tokenizer.eos_token!r}) is not the last trained token, so the model would "
-            "never learn to stop."
+            "never learn to stop. Use another data.template."
         )
-    if (trained == eos).sum() != sum(span.trained for span in spans):
+    if (encoded.ids[mask] == eos).sum() != len(last):
         return (
             f"its response contains {tokenizer.eos_token!r}, which the tokenizer reads as the end. "
             "Remove it from the text."
@@ -130,45 +130,61 @@ def broken_invariant(
     return None
 
 
+def _merged_border(
+    whole: Sequence[int], border: Sequence[int], tokenizer: "PreTrainedTokenizerBase"
+) -> str:
+    pairs = enumerate(zip(border, whole, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), len(whole))
+    merged = tokenizer.decode(whole[max(at - 2, 0) : at + 2])
+    return (
+        "the prompt's ids are not a prefix of the row's: the tokenizer merges across the "
+        f"border, near {merged!r}. Remove what the response begins with, or change the "
+        "template."
+    )
+
+
+def _mask_by_offsets(encoded: EncodedRow, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask once more, from the characters of each token and not from counts of tokens.
+
+    Tokens without characters, such as a BOS that the tokenizer adds, are taken over from ``mask``.
+    """
+    assert encoded.offsets is not None
+    starts, stops = encoded.offsets.T
+    borders = np.cumsum([len(span.text) for span in encoded.spans])
+    span_of_token = np.minimum(np.searchsorted(borders, starts, side="right"), len(borders) - 1)
+    trained = np.array([span.trained for span in encoded.spans])[span_of_token]
+    return np.where(stops > starts, trained, mask)
+
+
 def _encoded(
     rows: Sequence[Row], template: Template, tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[Row, list[Span], list[list[int]]]]:
-    """Each row with its spans and the ids of the text up to and with each span."""
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        chunk = rows[start : start + _ROWS_AT_ONCE]
-        all_spans = [template.spans(row) for row in chunk]
-        borders = [list(accumulate(span.text for span in spans)) for spans in all_spans]
-        encoded = iter(
-            tokenizer(
-                [text for texts in borders for text in texts],
-                add_special_tokens=template.add_special_tokens,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
+) -> Iterator[tuple[Row, EncodedRow | str]]:
+    """Each row as it is tokenised, or why the template cannot write it."""
+    spans_of_rows: list[list[Span] | str] = []
+    texts: list[str] = []
+    for row in rows:
+        try:
+            spans = template.spans(row)
+        except UnfitRowError as error:
+            spans_of_rows.append(str(error))
+            continue
+        spans_of_rows.append(spans)
+        texts += accumulate(span.text for span in spans)
+    encoded: dict[str, Any] = {}
+    if texts:
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=template.add_special_tokens,
+            return_attention_mask=False,
+            return_offsets_mapping=tokenizer.is_fast,
+            verbose=False,
         )
-        for row, spans in zip(chunk, all_spans, strict=True):
-            yield row, spans, [next(encoded) for _ in spans]
-
-
-def _mask(borders: Sequence[int], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    mask = np.zeros(borders[-1], dtype=np.bool_)
-    for start, stop, span in zip([0, *borders[:-1]], borders, spans, strict=True):
-        mask[start:stop] = span.trained
-    return mask
-
-
-def _shorten(row: TokenizedRow, max_length: int, too_long: str, result: TokenizedRows) -> None:
-    kept = TokenizedRow(row.index, row.input_ids[:max_length], row.trained[:max_length])
-    # A row whose prompt alone fills max_length would train nothing.
-    if too_long == "truncate" and kept.trained.any():
-        result.rows.append(kept)
-        result.truncated.append(row.index)
-    else:
-        result.dropped.append(row.index)
-
-
-def _too_long(tokens: int, max_length: int) -> str:
-    return (
-        f"{tokens} tokens, but data.max_length is {max_length}. Raise it, or set data.too_long to "
-        "drop or truncate."
-    )
+    taken = 0
+    for row, found in zip(rows, spans_of_rows, strict=True):
+        if isinstance(found, str):
+            yield row, found
+            continue
+        borders = encoded["input_ids"][taken : taken + len(found)]
+        taken += len(found)
+        offsets = np.asarray(encoded["offset_mapping"][taken - 1]) if tokenizer.is_fast else None
+        yield row, EncodedRow(found, borders, offsets)

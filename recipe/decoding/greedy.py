@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from recipe.data.templates import Prompts
+from recipe.data.templates import Template
 from recipe.settings import UserError
 
 
 def answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    template: Prompts,
+    template: Template,
     prompt: str,
     context: str = "",
     *,

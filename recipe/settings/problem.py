@@ -1,7 +1,9 @@
 """What went wrong, in one line: where, what was found, what was expected, what to do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,12 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return "".join(map(_printable, f"{self.where}: {self.message}"))
+
+
+def _printable(letter: str) -> str:
+    """A line end in a file's or a column's name, say, must not break the line."""
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
 
 
 class UserError(Exception):
@@ -28,6 +35,14 @@ class UserError(Exception):
     def single(cls, where: str, message: str) -> "UserError":
         """The usual case: one problem."""
         return cls([Problem(where, message)])
+
+    @classmethod
+    def first_of(cls, problems: Sequence[Problem]) -> "UserError":
+        """Of rows there can be thousands: the first ten are told, and how many there are."""
+        if len(problems) <= _SHOWN:
+            return cls(problems)
+        rest = Problem("and", f"{len(problems) - _SHOWN} more of {len(problems)} in all.")
+        return cls([*problems[:_SHOWN], rest])
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)

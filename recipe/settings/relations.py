@@ -6,6 +6,7 @@ the rest it ignores in silence.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from recipe.settings.library import quantization_options
@@ -16,6 +17,31 @@ _UNREAD = {
     "load_in_8bit": ("bnb_4bit_",),
     "load_in_4bit": ("llm_int8_threshold", "llm_int8_has_fp16_weight"),
 }
+
+# What transformers (trainer_optimizer.py) reads of optim_args; it ignores all else.
+_ADEMAMIX = ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")
+_SCHEDULE_FREE = ("weight_lr_power", "r")
+_OPTIM_ARGS: Mapping[str, tuple[str, ...]] = {
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+    "ademamix": _ADEMAMIX,
+    "ademamix_8bit": _ADEMAMIX,
+    "paged_ademamix_32bit": _ADEMAMIX,
+    "paged_ademamix_8bit": _ADEMAMIX,
+    "schedule_free_radam": _SCHEDULE_FREE,
+    "schedule_free_adamw": _SCHEDULE_FREE,
+    "schedule_free_sgd": _SCHEDULE_FREE,
+    "stable_adamw": ("max_lr", "kahan_sum", "decouple_lr"),
+    "grokadamw": (
+        "alpha_init",
+        "lamb",
+        "gamma",
+        "grokking_signal_decay_rate",
+        "gradient_clipping",
+    ),
+}
+_WITHOUT_BETAS = ("sgd", "adagrad", "rmsprop", "adafactor")
 
 
 @dataclass(frozen=True)
@@ -103,6 +129,25 @@ def _constant_warmup(warmup: float, scheduler: str) -> str | None:
     return None
 
 
+def _optim_args(given: str | None, optim: str | None) -> str | None:
+    if given is None:
+        return None
+    known = _OPTIM_ARGS.get(optim or "")
+    if known is None:
+        return f"no effect with optim: {optim or 'AdamW, the default'}. Leave it out."
+    pairs = [pair.partition("=") for pair in given.replace(" ", "").split(",")]
+    unread = [key for key, equals, value in pairs if key not in known or not (equals and value)]
+    if unread:
+        return f"optim: {optim} reads {', '.join(known)}, found {unread[0]!r}. Write key=value,…."
+    return None
+
+
+def _betas(value: float, optim: str | None, default: float) -> str | None:
+    if optim in _WITHOUT_BETAS and value != default:
+        return f"no effect with optim: {optim}. Leave it out."
+    return None
+
+
 def _prefetch(prefetch: int | None, workers: int) -> str | None:
     if prefetch is not None and workers == 0:
         return "no effect without workers. Set training.dataloader_num_workers, or leave it out."
@@ -159,6 +204,10 @@ RELATIONS = (
     Relation(("lora.layers_to_transform", "lora.layers_pattern", "lora.target_modules"), _layers),
     Relation(("lora.lora_bias", "lora.init_lora_weights", "lora.use_dora"), _lora_bias),
     Relation(("training.fp16", "training.bf16"), _one_precision),
+    Relation(("training.optim_args", "training.optim"), _optim_args),
+    Relation(("training.adam_beta1", "training.optim"), partial(_betas, default=0.9)),
+    Relation(("training.adam_beta2", "training.optim"), partial(_betas, default=0.999)),
+    Relation(("training.adam_epsilon", "training.optim"), partial(_betas, default=1e-8)),
     Relation(("training.logging_steps",), _whole_above_one),
     Relation(("training.eval_steps",), _whole_above_one),
     Relation(("training.save_steps",), _whole_above_one),

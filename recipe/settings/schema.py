@@ -70,7 +70,9 @@ class ModelSettings(_Section):
 class DataSettings(_Section):
     """Which rows are trained on, and how they become tokens."""
 
-    path: NonEmpty = Field(description="Local .json or .jsonl file, or the hub id of a dataset.")
+    path: NonEmpty = Field(
+        description="Local .json, .jsonl, .csv or .parquet file, or the hub id of a dataset."
+    )
     split: NonEmpty = Field(default="train", description="Split of a hub dataset.")
     rows: RowRange | None = Field(
         default=None, description="Rows to train on, counted from 0; null is all of them."
@@ -78,12 +80,13 @@ class DataSettings(_Section):
     held_out: RowRange | None = Field(
         default=None, description="Rows to evaluate on, which must not be among data.rows."
     )
-    format: Literal["alpaca"] | None = Field(
+    format: Literal["alpaca", "prompt_completion", "messages", "sharegpt"] | None = Field(
         default=None, description="Meaning of the columns; null finds out from their names."
     )
-    template: Literal["alpaca", "chat"] = Field(
-        default="alpaca",
-        description="Text around instruction and answer; chat is the tokenizer's own template.",
+    template: Literal["alpaca", "chat", "raw"] | None = Field(
+        default=None,
+        description="Text around prompt and answer: alpaca's, the tokenizer's own chat template, "
+        "or none; null is alpaca for alpaca rows, raw for prompt_completion, chat for the others.",
     )
     max_length: Annotated[int, Ge(8)] | None = Field(
         default=None, description="Most tokens a row may have; null is the model's context."

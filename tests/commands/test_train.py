@@ -1,10 +1,15 @@
 """train.py as a user types it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from recipe import generate as generate_command
+from recipe import train
+from recipe.exit_codes import run_command
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = [sys.executable, "recipe/train.py"]
@@ -47,6 +52,114 @@ def test_a_mistake_is_one_message_and_exit_2(name):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def in_process(*arguments: str) -> int:
+    """The command without a second interpreter; the imports cost most of the time."""
+    return run_command(lambda: train.main(list(arguments)))
+
+
+def test_show_data_prints_rows_and_table_and_writes_nothing(write_config, tmp_path, capsys):
+    rows = [{"messages": turns("Name a fruit.", "Apple", "Another.", "Pear")}] * 2
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = write_config()
+    before = sorted(tmp_path.rglob("*"))
+    assert (
+        in_process("--config", str(config), f"data.path={tmp_path}/chat.jsonl", "--show-data", "1")
+        == 0
+    )
+    screen = capsys.readouterr().out
+    assert screen.count("  trained  ") == 2
+    assert screen.count("  EOS      </s>") == 2
+    assert "messages rows, chat template" in screen
+    assert "1 row trained on more than once" in screen
+    assert "max_length       rows longer        drop loses    truncate loses" in screen
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_stops_before_the_first_step_and_writes_nothing(
+    write_config, tmp_path, capsys, monkeypatch
+):
+    config = write_config(data={"rows": "0:8", "held_out": "8:12"})
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert in_process("--config", str(config), "--check") == 0
+    screen = capsys.readouterr().out
+    assert "no folder (--check)" in screen
+    assert "held out  perplexity" in screen
+    assert "ready for the first step" in screen
+    assert "epoch" not in screen
+    assert sorted(tmp_path.rglob("*")) == before
+    assert in_process("--config", str(config), "--check", "lora.target_modules=[q_porj]") == 2
+    assert "Choose among" in capsys.readouterr().err
+
+
+def test_the_four_columns_of_the_hub_data_set_and_an_empty_output_train(
+    write_config, write_rows, tmp_path, capsys
+):
+    """tatsu-lab/alpaca: instruction, input, output and text, which nobody needs."""
+    rows = [
+        {"instruction": "Name a fruit.", "input": "", "output": "Apple", "text": "Below is …"},
+        {"instruction": "Give the plural.", "input": "cat", "output": "cats", "text": "Below is …"},
+        {"instruction": "Say nothing.", "input": "", "output": "", "text": "Below is …"},
+    ]
+    config = write_config(data={"path": str(write_rows(rows, "four.json"))})
+    assert in_process("--config", str(config), "training.max_steps=2") == 0
+    screen = capsys.readouterr().out
+    assert "columns not used: text" in screen
+    assert "1 row dropped, answer empty: 2" in screen
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [
+        {"role": "assistant" if number % 2 else "user", "content": text}
+        for number, text in enumerate(texts)
+    ]
+
+
+def sharegpt(*texts: str) -> list[dict[str, str]]:
+    return [
+        {"from": "gpt" if number % 2 else "human", "value": text}
+        for number, text in enumerate(texts)
+    ]
+
+
+SOURCES = {
+    "prompt_completion.csv": 'prompt,completion\n"Q: a, b\nA:"," c"\nQ: d A:, e\n',
+    "messages.jsonl": json.dumps({"messages": turns("a", "b", "c", "d")}) + "\n",
+    "conversations.json": json.dumps([{"conversations": turns("a", "b")}]),
+    "sharegpt.json": json.dumps([{"system": "s", "conversations": sharegpt("a", "b", "c", "d")}]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("prompt_completion.csv", "prompt_completion rows, raw template"),
+        ("messages.jsonl", "messages rows, chat template"),
+        ("conversations.json", "messages rows, chat template"),
+        ("sharegpt.json", "sharegpt rows, chat template"),
+        ("messages.parquet", "messages rows, chat template"),
+    ],
+)
+def test_every_format_trains_and_answers_with_its_template(
+    write_config, tmp_path, capsys, name, said
+):
+    file = tmp_path / name
+    if name.endswith(".parquet"):
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns("a", "b")}]), file)
+    else:
+        file.write_text(SOURCES[name])
+    config = write_config(data={"path": str(file)})
+    assert in_process("--config", str(config), "training.max_steps=2") == 0
+    assert said in capsys.readouterr().out
+    generate = ["--adapter", str(tmp_path / "run"), "--prompt", "a", "--max-new-tokens", "2"]
+    assert run_command(lambda: generate_command.main(generate)) == 0
+    assert said.rsplit(", ")[1] in capsys.readouterr().err
 
 
 def test_accelerate_launch_trains_and_generate_answers(write_config, tmp_path):

@@ -30,6 +30,8 @@ def test_layout():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
     assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 4, 6, 9]
     assert batch["row_lengths"] == [4, 2, 3]
+    assert batch["row_indices"] == [0, 1, 2]
+    assert flatten(ROWS[:0:-1])["row_indices"] == [2, 1]
     assert batch["max_length_q"] == batch["max_length_k"] == 4
 
 

@@ -2,13 +2,20 @@
 
 import pytest
 
-from recipe.data.rows import Row
-from recipe.data.templates import AlpacaTemplate, ChatTemplate, Span, build_template
+from recipe.data.templates import (
+    AlpacaTemplate,
+    ChatTemplate,
+    RawTemplate,
+    Span,
+    UnfitRowError,
+    build_template,
+)
 from recipe.settings import UserError
+from tests.data.conversations import one_turn, talk
 
 
 def test_alpaca_without_input_byte_for_byte():
-    spans = AlpacaTemplate(eos_token="</s>").spans(Row(0, "Name a fruit.", "", "Apple"))
+    spans = AlpacaTemplate(eos_token="</s>").spans(one_turn(0, "Name a fruit.", "", "Apple"))
     assert spans == [
         Span(
             "Below is an instruction that describes a task. Write a response that appropriately "
@@ -35,7 +42,7 @@ def test_braces_in_a_row_are_text():
 
 
 def test_chat_template_trains_the_answer_and_its_eos(tokenizer):
-    spans = ChatTemplate(tokenizer).spans(Row(0, "Give the plural.", "cat", "cats"))
+    spans = ChatTemplate(tokenizer).spans(one_turn(0, "Give the plural.", "cat", "cats"))
     assert spans == [
         Span("<|user|>\nGive the plural.\n\ncat\n<|assistant|>\n", False),
         Span("cats</s>", True),
@@ -66,7 +73,7 @@ def test_white_space_that_a_chat_template_writes_or_trims(
 ):
     kept, tokenizer.chat_template = tokenizer.chat_template, chat_template
     try:
-        prompt, answer = ChatTemplate(tokenizer).spans(Row(0, "Name a fruit.", "", output))
+        prompt, answer = ChatTemplate(tokenizer).spans(one_turn(0, "Name a fruit.", "", output))
     finally:
         tokenizer.chat_template = kept
     assert answer == Span(trained, True)
@@ -85,7 +92,98 @@ def test_chat_template_that_cannot_be_trained_is_refused(tokenizer, chat_templat
     kept = tokenizer.chat_template
     tokenizer.chat_template = chat_template
     try:
-        with pytest.raises(UserError, match=message):
-            build_template("chat", tokenizer).spans(Row(0, "Say it.", "", "It"))
+        with pytest.raises((UserError, UnfitRowError), match=message):
+            build_template("chat", tokenizer).spans(one_turn(0, "Say it.", "", "It"))
     finally:
         tokenizer.chat_template = kept
+
+
+def test_each_answer_of_a_conversation_is_trained_and_nothing_else(tokenizer):
+    row = talk(0, "Name a fruit.", "Apple", "Another.", "Pear", system="Be short.")
+    assert ChatTemplate(tokenizer).spans(row) == [
+        Span("<|system|>\nBe short.\n<|user|>\nName a fruit.\n<|assistant|>\n", False),
+        Span("Apple</s>", True),
+        Span("\n<|user|>\nAnother.\n<|assistant|>\n", False),
+        Span("Pear</s>", True),
+    ]
+
+
+def test_a_prompt_is_written_in_training_as_in_generation(tokenizer):
+    template = ChatTemplate(tokenizer)
+    prompt, _ = template.spans(one_turn(0, "Give the plural.", "cat", "cats"))
+    assert prompt.text == template.prompt("Give the plural.", "cat")
+
+
+def test_an_answer_that_stands_in_the_prompt_too(tokenizer):
+    row = talk(0, "Say yes.", "yes", "Say yes again.", "yes")
+    assert [span.text for span in ChatTemplate(tokenizer).spans(row) if span.trained] == [
+        "yes</s>",
+        "yes</s>",
+    ]
+
+
+def test_raw_text_is_left_alone():
+    assert RawTemplate("</s>").spans(one_turn(0, "Q: 2+2\nA:", "", " 4")) == [
+        Span("Q: 2+2\nA:", False),
+        Span(" 4</s>", True),
+    ]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "raw"])
+def test_a_template_of_one_turn_refuses_a_conversation(tokenizer, name):
+    for row in (talk(0, "a", "b", "c", "d"), talk(0, "a", "b", system="s")):
+        with pytest.raises(UnfitRowError, match=r"data\.template: chat"):
+            build_template(name, tokenizer).spans(row)
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    kept = tokenizer.chat_template
+
+    def build(text):
+        tokenizer.chat_template = text
+        return build_template("chat", tokenizer)
+
+    yield build
+    tokenizer.chat_template = kept
+
+
+def test_a_template_that_forgets_earlier_answers_is_refused(with_template):
+    """As some templates drop the thinking of all but the last turn: no prefix is left."""
+    template = with_template(
+        "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
+        "…</s>{% else %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endif %}"
+        "{% endfor %}"
+    )
+    template.spans(talk(0, "a", "b"))
+    with pytest.raises(UnfitRowError, match=r"in this order \(turn 1\)"):
+        template.spans(talk(0, "a", "b", "c", "d"))
+
+
+def test_a_template_that_refuses_a_row_says_why(with_template):
+    template = with_template(
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('no system turn') }}{% endif %}{{ m.content }}</s>{% endfor %}"
+    )
+    with pytest.raises(UnfitRowError, match=r"refuses it \(no system turn\)"):
+        template.spans(talk(0, "a", "b", system="s"))
+
+
+@pytest.mark.parametrize("text", ["{% for", "{{ messages[9].content.x }}", "{{ 1 // 0 }}"])
+def test_a_template_that_cannot_be_rendered_is_one_problem(with_template, text):
+    with pytest.raises(UserError, match="chat template cannot be used"):
+        with_template(text)
+
+
+def test_a_template_writes_the_same_date_every_day(with_template):
+    """Llama 3.2's template asks so; tomorrow's tokens would not be those that were trained."""
+    template = with_template(
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %} "
+        "{{ messages[0].content }}"
+    )
+    assert template.prompt("Hello") == "26 Jul 2024 Hello"
+
+
+def test_a_date_that_cannot_be_fixed_is_refused(with_template):
+    with pytest.raises(UserError, match="writes today's date"):
+        with_template("{% set f = '%d' %}{{ strftime_now(f) }}{{ messages[0].content }}")

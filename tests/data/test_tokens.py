@@ -3,28 +3,28 @@
 import numpy as np
 import pytest
 
-from recipe.data.rows import Row
 from recipe.data.templates import AlpacaTemplate, Span, build_template
-from recipe.data.tokens import tokenize_rows
+from recipe.data.tokens import EncodedRow, tokenize_rows
 from recipe.settings import UserError
+from tests.data.conversations import one_turn, talk
 
-ROW = Row(7, "Name a fruit.", "", "Apple")
+ROW = one_turn(7, "Name a fruit.", "", "Apple")
 
 
-def tokenize(rows, tokenizer, template=None, *, max_length=200, too_long="error"):
+def tokenize(rows, tokenizer, template=None):
     template = template or build_template("alpaca", tokenizer)
-    return tokenize_rows(rows, template, tokenizer, max_length=max_length, too_long=too_long)
+    return tokenize_rows(rows, template, tokenizer, source="rows.json")
 
 
 @pytest.mark.parametrize("name", ["alpaca", "chat"])
 def test_exactly_the_answer_and_its_eos_are_trained(tokenizer, name):
     template = build_template(name, tokenizer)
-    (row,) = tokenize([ROW], tokenizer, template).rows
+    (row,) = tokenize([ROW], tokenizer, template)
     assert tokenizer.decode(row.input_ids[row.trained]) == "Apple</s>"
     assert tokenizer.decode(row.input_ids[~row.trained]) == template.prompt("Name a fruit.")
     assert (
         row.input_ids.tolist()
-        == tokenizer(template.prompt(ROW.instruction) + "Apple</s>")["input_ids"]
+        == tokenizer(template.prompt("Name a fruit.") + "Apple</s>")["input_ids"]
     )
 
 
@@ -36,12 +36,15 @@ def test_the_starter_tokenizer_counts_of_alpaca(starter, alpaca):
 
     tokenizer = AutoTokenizer.from_pretrained(starter)
     records = json.loads(alpaca.read_text())[:200]
-    rows = [Row(i, **record) for i, record in enumerate(records)]
-    result = tokenize(rows, tokenizer, max_length=512)
-    assert len(result.rows) == 200
-    assert result.tokens == 21_244
-    assert all(row.input_ids[-1] == tokenizer.eos_token_id for row in result.rows)
-    assert all(row.trained[-1] for row in result.rows)
+    rows = [
+        one_turn(i, record["instruction"], record["input"], record["output"])
+        for i, record in enumerate(records)
+    ]
+    result = tokenize(rows, tokenizer)
+    assert len(result) == 200
+    assert sum(map(len, result)) == 21_244
+    assert all(row.input_ids[-1] == tokenizer.eos_token_id for row in result)
+    assert all(row.trained[-1] for row in result)
 
 
 class Mutated(AlpacaTemplate):
@@ -81,40 +84,49 @@ def test_each_broken_invariant_trips_its_own_check(tokenizer, name):
     with pytest.raises(UserError, match=message) as raised:
         tokenize([ROW], tokenizer, mutant(broken))
     (problem,) = raised.value.problems
-    assert problem.where == "row 7"
+    assert problem.where == "rows.json: row 7"
 
 
 def test_an_eos_written_in_a_row_is_found(tokenizer):
     with pytest.raises(UserError, match="reads as the end"):
-        tokenize([Row(3, "Say it.", "", "one</s>two")], tokenizer)
+        tokenize([one_turn(3, "Say it.", "", "one</s>two")], tokenizer)
 
 
-def test_too_long_is_never_silent(tokenizer):
-    long = Row(1, "Count.", "", "one two three four five six seven eight nine ten")
-    (short,) = tokenize([ROW], tokenizer).rows
-    limit = len(short)
-    with pytest.raises(UserError, match=f"data.max_length is {limit}") as raised:
-        tokenize([ROW, long], tokenizer, max_length=limit)
-    assert len(raised.value.problems) == 1
-
-    dropped = tokenize([ROW, long], tokenizer, max_length=limit, too_long="drop")
-    assert [row.index for row in dropped.rows] == [7]
-    assert dropped.dropped == [1]
-
-    cut = tokenize([ROW, long], tokenizer, max_length=limit, too_long="truncate")
-    assert cut.truncated == [1]
-    assert len(cut.rows[1]) == limit
-    assert cut.rows[1].trained.any()
+@pytest.mark.parametrize("by", [-1, 1])
+def test_a_mask_shifted_by_one_trips_its_own_check(tokenizer, monkeypatch, by):
+    mask = EncodedRow.mask
+    monkeypatch.setattr(EncodedRow, "mask", lambda self: np.roll(mask(self), by))
+    with pytest.raises(UserError, match="trained tokens are not those of its response"):
+        tokenize([ROW], tokenizer)
 
 
-def test_a_row_cut_to_its_prompt_is_dropped(tokenizer):
-    result = tokenize(
-        [ROW, Row(1, "word " * 80, "", "Apple")], tokenizer, max_length=120, too_long="truncate"
-    )
-    assert result.dropped == [1]
-    assert np.concatenate([row.trained for row in result.rows]).any()
+def test_all_answers_of_a_conversation_are_trained(tokenizer):
+    template = build_template("chat", tokenizer)
+    row = talk(0, "Name a fruit.", "Apple", "Another.", "Blue pear", "One more.", "Plum")
+    (tokenized,) = tokenize([row], tokenizer, template)
+    runs, last = [], False
+    for token, trained in zip(tokenized.input_ids, tokenized.trained, strict=True):
+        if trained and not last:
+            runs.append([])
+        if trained:
+            runs[-1].append(token)
+        last = trained
+    assert [tokenizer.decode(run) for run in runs] == ["Apple</s>", "Blue pear</s>", "Plum</s>"]
+    # What generation would read before each answer is how the row begins.
+    prompt = template.prompt("Name a fruit.")
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert tokenized.input_ids[: len(ids)].tolist() == ids
 
 
-def test_no_row_left_is_an_error(tokenizer):
-    with pytest.raises(UserError, match="no row fits"):
-        tokenize([ROW], tokenizer, max_length=10, too_long="drop")
+def test_characters_of_several_tokens_do_not_shift_the_mask(tokenizer):
+    (row,) = tokenize([one_turn(0, "Größe? 你好 🦙", "", "🦙 größer 你")], tokenizer)
+    assert tokenizer.decode(row.input_ids[row.trained]) == "🦙 größer 你</s>"
+
+
+def test_an_answer_without_its_eos_in_the_middle_of_a_conversation_is_found(tokenizer):
+    class Forgetful(AlpacaTemplate):
+        def spans(self, row):
+            return [Span("a ", False), Span("b", True), Span(" c ", False), Span("d</s>", True)]
+
+    with pytest.raises(UserError, match="is not the last trained token"):
+        tokenize([ROW], tokenizer, Forgetful("</s>"))

@@ -58,9 +58,7 @@ RIGHT = {
     "apart": {"data": "rows: 10:20\nheld_out: ':10'"},
     "no held-out rows": {"data": "rows: '5:'\nheld_out:"},
     "named": {"rest": "name: my-run.1\n"},
-    "text that looks like numbers": {
-        "training": "run_name: '3e-4'\nproject: '010'\noptim_args: 'no'"
-    },
+    "text that looks like numbers": {"training": "run_name: '3e-4'\nproject: '010'"},
     "unusual text": {"training": 'run_name: "a\\tb: #\\u00e9 \\u2028 \\U0001F600"'},
 }
 
@@ -101,7 +99,7 @@ def test_defaults(write_config) -> None:
     assert settings.model.quantization is None
     assert (settings.data.split, settings.data.template, settings.data.too_long) == (
         "train",
-        "alpaca",
+        None,
         "error",
     )
     assert plain(settings.training) == {"seed": 1}
