@@ -5,21 +5,22 @@ compares runs needs the real one.
 """
 
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 
-from recipe.data.rows import read_rows
-from recipe.data.templates import build_template
-from recipe.data.tokens import tokenize_rows
 from recipe.memory.probe import peak_memory
-from recipe.model.checkpoint import load_base, load_config, load_tokenizer
+from recipe.model.checkpoint import load_base
 from recipe.model.lora import add_lora, save_initial
-from recipe.run_account import Data, Run, conclusion, introduction, manifest_facts, receipt
+from recipe.run_account import Run, conclusion, introduction, manifest_facts, receipt
+from recipe.run_data import Data, load_data
 from recipe.settings import Settings, UserError
 from recipe.sharing.adapter_folder import save_adapter
 from recipe.training.arguments import training_arguments
@@ -27,9 +28,25 @@ from recipe.training.checkpoints import LOG_STATE, SealCheckpoints, check_same_r
 from recipe.training.loss import TokenLoss
 from recipe.training.machine import check_machine
 from recipe.training.plot import plot_loss
-from recipe.training.run_folder import make_run_folder, write_manifest, write_settings
+from recipe.training.run_folder import (
+    check_output_dir,
+    make_run_folder,
+    write_manifest,
+    write_settings,
+)
 from recipe.training.run_log import RunLog
 from recipe.training.trainer import TokenWeightedTrainer, build_trainer
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything that stands before the first step; nothing of it is written yet."""
+
+    arguments: TrainingArguments
+    data: Data
+    trainer: TokenWeightedTrainer
+    log: RunLog
+    initial: tempfile.TemporaryDirectory[str] | None
 
 
 def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Path:
@@ -45,10 +62,68 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
         RunFailed: a value became NaN or infinite, or the saved adapter is not usable.
     """
     started = time.perf_counter()
-    check_machine(settings)
     resumed = _checkpoint(settings)
+    prepared = _prepare(settings, watchers)
+    arguments, trainer, log = prepared.arguments, prepared.trainer, prepared.log
+    folder = _run_folder(settings, prepared.data, resumed)
+    arguments.output_dir, log.file = str(folder), folder / "metrics.jsonl"
+    run = Run(settings, arguments, prepared.data, trainer.model)
+    main_process = arguments.process_index == 0
+    say = _speaker(main_process=main_process)
+    say("\n".join(introduction(run, folder)))
+    if main_process and resumed is None:
+        write_settings(folder, settings)
+        write_manifest(folder, **manifest_facts(run))
+    before = _take_up(trainer, log, resumed) if resumed else _held_out_perplexity(trainer)
+    if resumed:
+        say(f"resumed   from {resumed}")
+    elif before is not None:
+        say(f"held out  perplexity {before:.2f} before training")
+    _train(trainer, resumed)
+    after = _held_out_perplexity(trainer)
+    if main_process:
+        plot_loss(log.file, folder / "loss.png", title=f"{settings.name} · {folder.name}")
+        start = Path(prepared.initial.name) if prepared.initial else None
+        save_adapter(trainer.model, folder / "adapter", receipt(run), initial=start)
+        _note_unchanged(trainer, log)
+    seconds = time.perf_counter() - started
+    say("\n".join(conclusion(run, log, folder, before=before, after=after, seconds=seconds)))
+    return folder
+
+
+def check(settings: Settings) -> None:
+    """Everything up to the first step: rows, model, adapter and the perplexity before training.
+
+    Nothing is written.
+
+    Raises:
+        UserError, RunFailed: as ``finetune``.
+    """
+    started = time.perf_counter()
+    resumed = _checkpoint(settings)
+    prepared = _prepare(settings, ())
+    arguments, trainer, data = prepared.arguments, prepared.trainer, prepared.data
+    if resumed:
+        check_same_run(settings, data.rows.sha256, resumed.parent)
+    say = _speaker(main_process=arguments.process_index == 0)
+    say("\n".join(introduction(Run(settings, arguments, data, trainer.model), None)))
+    if resumed:
+        say(f"resume    from {resumed}, which is whole")
+    else:
+        prepared.log.file = Path(os.devnull)
+        before = _held_out_perplexity(trainer)
+        if before is not None:
+            say(f"held out  perplexity {before:.2f} before training")
+    seconds = time.perf_counter() - started
+    say(f"checked   ready for the first step, in {seconds:.0f} s; nothing is trained or written")
+
+
+def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepared:
+    check_machine(settings)
+    if not settings.training.get("resume_from_checkpoint"):
+        check_output_dir(settings)
     arguments = training_arguments(settings)
-    data = _load_data(settings)
+    data = load_data(settings)
     set_seed(arguments.seed)  # before the adapter is drawn, not when the Trainer starts
     model = add_lora(
         load_base(settings.model),
@@ -62,29 +137,7 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     trainer = build_trainer(
         model, arguments, data.train.rows, data.held_out.rows, loss=loss, callbacks=callbacks
     )
-    folder = _run_folder(settings, data, resumed)
-    arguments.output_dir, log.file = str(folder), folder / "metrics.jsonl"
-    run = Run(settings, arguments, data, model, folder)
-    main_process = arguments.process_index == 0
-    say = _speaker(main_process=main_process)
-    say("\n".join(introduction(run)))
-    if main_process and resumed is None:
-        write_settings(folder, settings)
-        write_manifest(folder, **manifest_facts(run))
-    before = _take_up(trainer, log, resumed) if resumed else _held_out_perplexity(trainer)
-    if resumed:
-        say(f"resumed   from {resumed}")
-    elif before is not None:
-        say(f"held out  perplexity {before:.2f} before training")
-    _train(trainer, resumed)
-    after = _held_out_perplexity(trainer)
-    if main_process:
-        plot_loss(log.file, folder / "loss.png", title=f"{settings.name} · {folder.name}")
-        start = Path(initial.name) if initial else None
-        save_adapter(model, folder / "adapter", receipt(run), initial=start)
-    seconds = time.perf_counter() - started
-    say("\n".join(conclusion(run, log, before=before, after=after, seconds=seconds)))
-    return folder
+    return _Prepared(arguments, data, trainer, log, initial)
 
 
 def _speaker(*, main_process: bool) -> Callable[[str], None]:
@@ -97,40 +150,8 @@ def _speaker(*, main_process: bool) -> Callable[[str], None]:
 
 def _checkpoint(settings: Settings) -> Path | None:
     asked = settings.training.get("resume_from_checkpoint")
-    return find_checkpoint(asked) if asked else None
-
-
-def _load_data(settings: Settings) -> Data:
-    asked = settings.data
-    rows = read_rows(asked)
-    tokenizer = load_tokenizer(settings.model)
-    template = build_template(asked.template, tokenizer)
-    config = load_config(settings.model)
-    context = config.max_position_embeddings
-    if asked.max_length and asked.max_length > context:
-        raise UserError.single(
-            "data.max_length",
-            f"{asked.max_length} is beyond this model's context of {context}. Lower it.",
-        )
-    train, held_out = (
-        tokenize_rows(
-            part,
-            template,
-            tokenizer,
-            max_length=asked.max_length or context,
-            too_long=asked.too_long,
-        )
-        for part in (rows.train, rows.held_out)
-    )
-    vocabulary = config.vocab_size
-    largest = max(int(row.input_ids.max()) for row in (*train.rows, *held_out.rows))
-    if largest >= vocabulary:
-        raise UserError.single(
-            "model.name_or_path",
-            f"its tokenizer makes token {largest}, but the model knows {vocabulary}. They do not "
-            "belong together: use the tokenizer that came with the model.",
-        )
-    return Data(rows, template, train, held_out)
+    best = bool(settings.training.get("load_best_model_at_end"))
+    return find_checkpoint(asked, best_needed=best) if asked else None
 
 
 def _run_folder(settings: Settings, data: Data, resumed: Path | None) -> Path:
@@ -142,8 +163,14 @@ def _run_folder(settings: Settings, data: Data, resumed: Path | None) -> Path:
 
 def _take_up(trainer: TokenWeightedTrainer, log: RunLog, resumed: Path) -> float | None:
     """Let the log go on where the checkpoint was written; return the perplexity before step 1."""
-    state = json.loads((resumed / LOG_STATE).read_text())
-    log.resume(state, main_process=trainer.args.process_index == 0)
+    try:
+        state = json.loads((resumed / LOG_STATE).read_text())
+        log.resume(state, main_process=trainer.args.process_index == 0)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError.single(
+            "training.resume_from_checkpoint",
+            f"{resumed / LOG_STATE} is not what a run of this version writes. Start anew.",
+        ) from error
     return log.first_perplexity
 
 
@@ -160,6 +187,17 @@ def _train(trainer: TokenWeightedTrainer, resumed: Path | None) -> None:
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     weights = load_file(Path(best or resumed) / "adapter_model.safetensors")
     set_peft_model_state_dict(trainer.model, weights)
+
+
+def _note_unchanged(trainer: TokenWeightedTrainer, log: RunLog) -> None:
+    row = trainer.train_dataset[0]
+    if trainer.answers_unchanged(row):
+        line = (
+            f"the adapter leaves the base's answers as they are: the logits of row {row.index} "
+            "differ by less than a millionth. Raise training.learning_rate (now "
+            f"{trainer.args.learning_rate:g}), or train longer."
+        )
+        log.note("unchanged", line, state=trainer.state, step=trainer.state.global_step)
 
 
 def _held_out_perplexity(trainer: TokenWeightedTrainer) -> float | None:

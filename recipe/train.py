@@ -3,6 +3,9 @@
     accelerate launch recipe/train.py --config lora_alpaca.yaml
     python recipe/train.py --config starter.yaml training.num_train_epochs=1 lora.r=8
 
+    python recipe/train.py --config starter.yaml --show-data 5
+    python recipe/train.py --config starter.yaml --check
+
 Overrides are section.key=value, the value written as in YAML. The run's folder is a fresh
 runs/<config>-001, -002…; its settings.yaml given to --config repeats the run beside it.
 """
@@ -11,7 +14,7 @@ import argparse
 import sys
 
 from recipe.exit_codes import run_command
-from recipe.settings import load_settings
+from recipe.settings import UserError, load_settings
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,15 +23,35 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, help="a YAML file, or a name in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    stops = parser.add_mutually_exclusive_group()
+    stops.add_argument(
+        "--show-data",
+        type=int,
+        metavar="N",
+        help="print the first N rows token by token, and what max_length would cut, then stop",
+    )
+    stops.add_argument(
+        "--check", action="store_true", help="do everything up to the first step, then stop"
+    )
     args = parser.parse_args(arguments)
+    if args.show_data is not None and args.show_data < 1:
+        raise UserError.single("--show-data", f"{args.show_data} is below 1. Ask for 1 or more.")
     settings = load_settings(args.config, args.overrides)
     # Only now: these imports take seconds, and a mistake in the config is told before them.
     from recipe.quiet import quiet_libraries
 
     quiet_libraries()
-    from recipe.finetune import finetune
+    if args.show_data:
+        from recipe.run_data import show_data
 
-    finetune(settings)
+        show_data(settings, args.show_data)
+        return
+    from recipe.finetune import check, finetune
+
+    if args.check:
+        check(settings)
+    else:
+        finetune(settings)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     try:
         return TrainingArguments(output_dir=tempfile.gettempdir(), **{**asked, **_OURS})
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise UserError.single("training", f"transformers refuses it: {error}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError.single(
+            "training", f"transformers refuses it: {reason}. Correct the value or leave it out."
+        ) from error
 
 
 def accumulation(asked: dict[str, Any]) -> int:

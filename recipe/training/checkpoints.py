@@ -1,13 +1,17 @@
 """Checkpoints carry their seal, and a run continues only from a whole one of the same run."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
 
 from recipe.sealed import damage, seal
 from recipe.settings import Problem, Settings, UserError, dump
@@ -16,6 +20,14 @@ from recipe.training.run_log import RunLog
 
 LOG_STATE = "run_log.json"
 _TRAINER_STATE = "trainer_state.json"
+_ADAPTER = "adapter_model.safetensors"
+_NEEDED = (_ADAPTER, "adapter_config.json", "optimizer.pt", "scheduler.pt", LOG_STATE)
+_PICKLES = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")
+_STATES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".safetensors"}
+# Written by the Trainer, read by nothing: it is a pickle that torch would have to run.
+_NEVER_READ = "training_args.bin"
+# What a JSON or YAML document of the wrong shape raises when a key is looked up in it.
+_OF_ANOTHER_SHAPE = (AttributeError, KeyError, TypeError)
 
 
 class SealCheckpoints(TrainerCallback):
@@ -36,11 +48,16 @@ class SealCheckpoints(TrainerCallback):
             seal(folder)
 
 
-def find_checkpoint(asked: str) -> Path:
+def find_checkpoint(asked: str, *, best_needed: bool = False) -> Path:
     """The checkpoint that ``training.resume_from_checkpoint`` names: itself, or a run's newest.
 
+    Args:
+        best_needed: the run will end with its best checkpoint, so that one must be there too; the
+            Trainer would take the last instead.
+
     Raises:
-        UserError: there is none, or a file of it is missing or changed since it was written.
+        UserError: there is none, a file of it is missing or changed since it was written, or the
+            Trainer would read something that this recipe did not write.
     """
     where = "training.resume_from_checkpoint"
     folder = Path(asked)
@@ -59,11 +76,57 @@ def find_checkpoint(asked: str) -> Path:
         raise UserError.single(
             where, f"{folder.parent} is finished: its adapter is there. Start a new run instead."
         )
-    problems = damage(folder)
+    # The seal is proof against accidents, and anyone can write a new one.
+    problems = damage(folder) or _strange(folder, best_needed=best_needed)
     if problems:
         remedy = "Name an older checkpoint, or start anew."
         raise UserError([Problem(where, f"{problem}. {remedy}") for problem in problems])
     return folder
+
+
+def _strange(folder: Path, *, best_needed: bool) -> list[str]:
+    """What the Trainer would take up from ``folder`` that no run of this recipe puts there."""
+    problems = [f"{folder / name}: missing" for name in _NEEDED if not (folder / name).is_file()]
+    if not any(folder.glob("rng_state*.pth")):
+        problems.append(f"{folder}/rng_state.pth: missing")
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if _PICKLES.fullmatch(name):
+            problems += _unsafe(file)
+        elif file.suffix in _STATES and name not in (_ADAPTER, _NEVER_READ):
+            problems.append(f"{file}: no file of a checkpoint that this recipe writes")
+    return problems + _unlike_a_state(folder, best_needed=best_needed)
+
+
+def _unsafe(file: Path) -> list[str]:
+    """Look for code in a file of ``torch.save`` without running it."""
+    try:
+        with safe_globals():  # what the Trainer allows
+            unsafe = get_unsafe_globals_in_checkpoint(file)
+            if not unsafe:
+                torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # what a broken pickle raises is documented nowhere
+        return [f"{file}: not readable as tensors and numbers ({type(error).__name__})"]
+    return [f"{file}: would run {name} when it is read" for name in sorted(unsafe)]
+
+
+def _unlike_a_state(folder: Path, *, best_needed: bool) -> list[str]:
+    file = folder / _TRAINER_STATE
+    try:
+        state = TrainerState.load_from_json(str(file))
+        whole = 0 < state.global_step <= state.max_steps
+        best = Path(state.best_model_checkpoint or folder)
+        there = best.exists()
+        foreign = there and best.resolve().parent != folder.resolve().parent
+    except (OSError, ValueError, RecursionError, *_OF_ANOTHER_SHAPE):
+        return [f"{file}: no state of a Trainer"]
+    if not whole:
+        return [f"{file}: step {state.global_step} of {state.max_steps}"]
+    if foreign:
+        return [f"{file}: names {best}, which is not of this run, as the best checkpoint"]
+    if best_needed and not there:
+        return [f"{file}: names {best} as the best checkpoint, which is not there"]
+    return []
 
 
 def check_same_run(settings: Settings, data_sha256: str, run: Path) -> None:
@@ -72,7 +135,7 @@ def check_same_run(settings: Settings, data_sha256: str, run: Path) -> None:
     Raises:
         UserError: naming each difference.
     """
-    began = _flat(yaml.safe_load((run / "settings.yaml").read_text()))
+    began, began_data_sha256, began_processes = _began(run)
     now = _flat(yaml.safe_load(dump(settings)))
     problems = [
         Problem(
@@ -81,16 +144,15 @@ def check_same_run(settings: Settings, data_sha256: str, run: Path) -> None:
         for key in sorted(began.keys() | now.keys())
         if began.get(key) != now.get(key) and key != "name"
     ]
-    manifest = json.loads((run / "manifest.json").read_text())
-    if manifest["data"]["sha256"] != data_sha256:
+    if began_data_sha256 != data_sha256:
         problems.append(
             Problem("data.path", f"its rows changed since {run} began. Bring the old file back.")
         )
-    if manifest["processes"] != world_size():
+    if began_processes != world_size():
         problems.append(
             Problem(
                 "accelerate launch",
-                f"{world_size()} processes, but {run} began with {manifest['processes']}, and each "
+                f"{world_size()} processes, but {run} began with {began_processes}, and each "
                 "has its own random state. Start as many.",
             )
         )
@@ -101,6 +163,20 @@ def check_same_run(settings: Settings, data_sha256: str, run: Path) -> None:
         )
     if problems:
         raise UserError(problems)
+
+
+def _began(run: Path) -> tuple[dict[str, Any], str, int]:
+    """What ``run`` wrote at its start: settings, flat; the data's hash; how many processes."""
+    try:
+        settings = _flat(yaml.safe_load((run / "settings.yaml").read_text()))
+        manifest = json.loads((run / "manifest.json").read_text())
+        return settings, manifest["data"]["sha256"], manifest["processes"]
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, *_OF_ANOTHER_SHAPE) as error:
+        raise UserError.single(
+            "training.resume_from_checkpoint",
+            f"settings.yaml and manifest.json of {run} do not say how it began "
+            f"({type(error).__name__}). Bring them back, or start anew.",
+        ) from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,6 +52,15 @@ class TokenLoss:
         self._counts.append(tokens)
         return total / (tokens if num_items_in_batch is None else num_items_in_batch)
 
+    def last(self, micro_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The newest micro-batches of this process.
+
+        Returns:
+            The sums of NLL, float32 (micro_batches,), and the trained tokens, int64 of the same
+            shape, on their device, so nothing waits for them.
+        """
+        return torch.stack(self._sums[-micro_batches:]), torch.stack(self._counts[-micro_batches:])
+
     def take(self, device: torch.device) -> tuple[float, int]:
         """Return (sum of NLL in nats, trained tokens) of all processes since the last call."""
         totals = self.totals(device)
@@ -71,9 +80,14 @@ class TokenLoss:
         self._before = (total, tokens)
 
 
+def distributed() -> bool:
+    """Whether other processes train the same adapter."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def sum_over_processes(pair: tuple[float, int], device: torch.device) -> tuple[float, int]:
     """Add a (sum of NLL, tokens) pair over all processes; alone, the pair itself."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not distributed():
         return pair
     totals = torch.tensor(pair, dtype=torch.float64, device=device)
     dist.all_reduce(totals)

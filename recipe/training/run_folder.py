@@ -17,6 +17,35 @@ from recipe.training.arguments import world_size
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
+def check_output_dir(settings: Settings) -> None:
+    """Nothing is overwritten, and that is told before anything is loaded.
+
+    Raises:
+        UserError: the folder that was asked for is not empty.
+    """
+    asked = settings.training.get("output_dir")
+    if not asked:
+        return
+    folder = Path(asked)
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        under_a_file = any(parent.is_file() for parent in folder.parents)
+    except OSError as error:  # such as a name of 5000 letters
+        raise UserError.single(
+            "training.output_dir", f"{folder}: {error.strerror}. Correct the path."
+        ) from error
+    if under_a_file:
+        raise UserError.single(
+            "training.output_dir", f"{folder} would lie in a file. Correct the path."
+        )
+    if taken:
+        raise UserError.single(
+            "training.output_dir",
+            f"{folder} is not empty, and nothing is overwritten. Name another folder, or leave "
+            "it out for a fresh one.",
+        )
+
+
 def make_run_folder(settings: Settings) -> Path:
     """Make ``training.output_dir``, or a fresh ``runs/<config>-001``, ``-002``…
 
@@ -43,15 +72,10 @@ def make_run_folder(settings: Settings) -> Path:
 
 
 def _make(settings: Settings) -> Path:
+    check_output_dir(settings)
     asked = settings.training.get("output_dir")
     if asked:
         folder = Path(asked)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError.single(
-                "training.output_dir",
-                f"{folder} is not empty, and nothing is overwritten. Name another folder, or leave "
-                "it out for a fresh one.",
-            )
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     for number in range(1, 1000):

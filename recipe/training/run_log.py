@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,8 +18,8 @@ from recipe.training.loss import TokenLoss
 class RunLog(TrainerCallback):
     """Write each record of the Trainer to ``metrics.jsonl`` and each epoch to the screen.
 
-    A terminal also gets a bar. A value that is not finite stops the run: the adapter would be
-    broken from that step on.
+    A terminal also gets a bar. A value that is not finite stops the run; see
+    ``recipe.training.finite`` for the steps between two records.
 
     Raises:
         RunFailed: a logged value is NaN or infinite.
@@ -32,6 +32,8 @@ class RunLog(TrainerCallback):
         self.seconds = 0.0
         self.skipped_steps = 0
         self.first_perplexity: float | None = None
+        self.first: dict[str, float] = {}  # what later steps are compared with
+        self._noted: set[str] = set()
         self._loss = loss
         self._peak_memory = peak_memory
         self._bar: tqdm[Any] | None = None
@@ -65,7 +67,7 @@ class RunLog(TrainerCallback):
     ) -> None:
         # accelerate's step_was_skipped stays False with a fused optimizer, the default; the scaler
         # itself lowers its scale exactly when it skipped a step.
-        scale = _scale(optimizer)
+        scale = gradient_scale(optimizer)
         self.skipped_steps += scale is not None and self._scale is not None and scale < self._scale
         self._scale = scale
         if self._bar is not None:
@@ -79,7 +81,7 @@ class RunLog(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        self._scale = _scale(optimizer)
+        self._scale = gradient_scale(optimizer)
 
     def on_log(
         self,
@@ -92,7 +94,9 @@ class RunLog(TrainerCallback):
     ) -> None:
         record = dict(logs or {})
         # Overflowing gradients are how an fp16 scaler finds its scale; the step was skipped.
-        if _scale(optimizer) is not None and not math.isfinite(record.get("grad_norm") or 0.0):
+        if gradient_scale(optimizer) is not None and not math.isfinite(
+            record.get("grad_norm") or 0.0
+        ):
             record["grad_norm"] = None
         # Wall time and throughput of the whole call are told by the epochs, free of evaluation.
         if "train_runtime" in record:
@@ -144,6 +148,7 @@ class RunLog(TrainerCallback):
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
             "first_perplexity": self.first_perplexity,
+            "first": self.first,
             "open_epoch": {
                 **dict(zip(("nll", "tokens"), self._loss.totals(args.device), strict=True)),
                 "seconds": self._epoch_seconds(),
@@ -158,6 +163,7 @@ class RunLog(TrainerCallback):
             "seconds",
             "skipped_steps",
             "first_perplexity",
+            "first",
         ):
             setattr(self, name, state[name])
         step, epoch, open_epoch = state["step"], state["epoch"], state["open_epoch"]
@@ -165,6 +171,7 @@ class RunLog(TrainerCallback):
         if main_process:
             records = [r for r in read_metrics(self.file) if r["step"] <= step]
             self.file.write_text("".join(json.dumps(r) + "\n" for r in records))
+            self._noted = {r["note"] for r in records if "note" in r}
         if epoch != round(epoch):
             self._open_seconds = open_epoch["seconds"]
             if main_process:
@@ -178,11 +185,24 @@ class RunLog(TrainerCallback):
         if main_process and not closed:
             self._write(record)
 
+    def stop(self, message: str) -> NoReturn:
+        """End the run, without the bar across the message."""
+        self.close()
+        raise RunFailed(message)
+
     def close(self) -> None:
         """Take the bar off the screen."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def note(self, kind: str, line: str, *, state: TrainerState, step: int) -> None:
+        """Warn of what does not stop the run: one line and one record, once a run for each kind."""
+        if kind in self._noted or not state.is_world_process_zero:
+            return
+        self._noted.add(kind)
+        self._write({"step": step, "note": kind, "line": line})
+        self.say(f"warning   {line}")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -216,11 +236,7 @@ class RunLog(TrainerCallback):
     def _stop_unless_finite(self, record: dict[str, Any], step: int) -> None:
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
-                self.close()
-                raise RunFailed(
-                    f"{name} is {value} at step {step}, so the adapter is broken and is not saved. "
-                    "Lower training.learning_rate, or train in bf16 or fp32 instead of fp16."
-                )
+                self.stop(f"{name} is {value} at step {step}. {remedy(step)}")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -231,7 +247,17 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _scale(optimizer: Any) -> float | None:
+def remedy(step: int) -> str:
+    """What to do about a value that is not finite after ``step`` steps."""
+    if step:
+        return "Lower training.learning_rate, or train in bf16 or fp32 instead of fp16."
+    return (
+        "Nothing has been trained yet, so it is the base that computes it. Use bf16 or fp32 where "
+        "fp16 overflows, or another checkpoint."
+    )
+
+
+def gradient_scale(optimizer: Any) -> float | None:
     """The scale of the fp16 gradient scaler; None without one."""
     scaler = getattr(optimizer, "scaler", None)
     return None if scaler is None else float(scaler.get_scale())

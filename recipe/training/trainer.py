@@ -1,7 +1,8 @@
-"""transformers' Trainer with one thing changed: evaluation is weighted by tokens.
+"""transformers' Trainer with two things changed: evaluation is weighted by tokens, and a step that
+is not finite ends the run.
 
 The stock evaluation averages the means of its batches, so eval_loss and the perplexity from it
-change with per_device_eval_batch_size.
+change with per_device_eval_batch_size. The stock training goes on with NaN, and saves it.
 """
 
 import math
@@ -17,11 +18,54 @@ from transformers.trainer_utils import EvalLoopOutput
 from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
 from recipe.settings import UserError
+from recipe.training.finite import FiniteSteps, NotFinite
 from recipe.training.loss import TokenLoss, count_trained, sum_over_processes, token_nll
+from recipe.training.run_log import RunLog
+
+_UNCHANGED = 1e-6  # relative; float32 rounds at 1e-7
 
 
 class TokenWeightedTrainer(Trainer):
     """Each process evaluates its own share of the rows once; sums are added, then divided."""
+
+    def __init__(self, *, finite: FiniteSteps, **named: Any) -> None:
+        super().__init__(**named)
+        self._finite = finite
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        self._finite.micro_batches.append(inputs.pop("row_indices"))
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **named: Any) -> torch.Tensor:
+        # The one place that has the norm from before clipping, whatever max_grad_norm is.
+        norm: torch.Tensor = super()._get_grad_norm(*args, **named)
+        self._finite.grad_norm = norm
+        return norm
+
+    def answers_unchanged(self, row: TokenizedRow) -> bool:
+        """Whether the adapter leaves the base's logits for ``row`` as they are.
+
+        PiSSA and OLoRA took their start out of the base, so with them it never does.
+        """
+        inputs = self._prepare_inputs(flatten([row]))
+        for name in ("row_indices", "labels"):
+            del inputs[name]
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            tuned = self._logits(inputs)
+            with self.model.disable_adapter():
+                base = self._logits(inputs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return bool((tuned - base).norm() <= _UNCHANGED * base.norm())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -45,15 +89,17 @@ class TokenWeightedTrainer(Trainer):
     ) -> EvalLoopOutput:
         self.model.eval()
         sums, tokens = [0.0], 0
+        not_finite: NotFinite = []
         for batch in dataloader:
             inputs = self._prepare_inputs(batch)
-            labels = inputs.pop("labels")
-            # autocast here too: before the first step the model is not yet wrapped in it.
-            with torch.no_grad(), self.accelerator.autocast():
-                logits = self.model(**inputs).logits[0]
-            sums.append(token_nll(logits, labels).sum().item())
+            labels, rows = inputs.pop("labels"), inputs.pop("row_indices")
+            sums.append(token_nll(self._logits(inputs), labels).sum().item())
             tokens += int(count_trained(labels))
+            if not math.isfinite(sums[-1]):
+                not_finite.append((sums[-1], rows))
         nll, count = sum_over_processes((math.fsum(sums), tokens), self.args.device)
+        if not math.isfinite(nll):
+            self._finite.stop_for_evaluation(not_finite, self.state.global_step)
         metrics = {
             f"{metric_key_prefix}_loss": nll / count,
             f"{metric_key_prefix}_perplexity": perplexity(nll / count),
@@ -62,6 +108,13 @@ class TokenWeightedTrainer(Trainer):
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset)
         )
+
+    def _logits(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """(K, vocabulary) of one batch without labels; float32, or what the base computes in."""
+        # autocast here too: before the first step the model is not yet wrapped in it.
+        with torch.no_grad(), self.accelerator.autocast():
+            logits: torch.Tensor = self.model(**inputs).logits[0]
+        return logits
 
 
 def perplexity(mean_nll: float) -> float:
@@ -83,6 +136,9 @@ def build_trainer(
 ) -> TokenWeightedTrainer:
     """The Trainer over flattened batches; the model is moved to the device here.
 
+    Args:
+        callbacks: a ``RunLog`` among them, which says what ``FiniteSteps`` finds.
+
     Raises:
         UserError: no full batch where one is asked for, or the library refuses an optimizer, a
             schedule or a reporter.
@@ -93,21 +149,27 @@ def build_trainer(
             "training.dataloader_drop_last",
             f"{len(train)} rows do not fill one batch of {batch}. Leave it out.",
         )
+    log = next(callback for callback in callbacks if isinstance(callback, RunLog))
+    finite = FiniteSteps(model, loss, log)
     try:
         trainer = TokenWeightedTrainer(
+            finite=finite,
             model=model,
             args=arguments,
             data_collator=flatten,
             train_dataset=train,
             eval_dataset=held_out or None,
             compute_loss_func=loss,
-            callbacks=callbacks,
+            callbacks=[*callbacks, finite],
         )
         # Made once to see whether they can be; train() makes its own.
         trainer.create_optimizer()
         trainer.create_scheduler(num_training_steps=100, optimizer=trainer.optimizer)
         trainer.optimizer = trainer.lr_scheduler = None
     except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-        raise UserError.single("training", f"transformers refuses it: {error}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError.single(
+            "training", f"transformers refuses it: {reason}. Correct the value or leave it out."
+        ) from error
     trainer.remove_callback(PrinterCallback)  # it prints each record; ours go to metrics.jsonl
     return trainer

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from recipe.finetune import finetune
-from recipe.settings import load_settings
+from recipe.settings import RunFailed, load_settings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,3 +41,23 @@ def test_loss_falls_and_the_adapter_is_whole(write_config, overrides):
     assert epochs[-1] < epochs[0]
     assert (folder / "adapter/recipe.json").is_file()
     assert records[-1]["skipped_steps"] < 5
+
+
+class ForgetEmbeddings(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **_):
+        if state.global_step == 2:
+            model.get_input_embeddings().weight.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_loss_that_is_not_finite_ends_the_run_under_a_scaler_too(
+    write_config, tmp_path, precision
+):
+    training = {"use_cpu": False, "save_strategy": "steps", "save_steps": 1, precision: True}
+    model = {"dtype": {"fp16": "float16", "bf16": "bfloat16"}[precision]}
+    settings = load_settings(str(write_config(model=model, training=training)))
+    with pytest.raises(RunFailed, match="is nan at step 3, so that step is not taken"):
+        finetune(settings, watchers=[ForgetEmbeddings()])
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+    assert not (tmp_path / "run/checkpoint-3").exists()
+    assert not (tmp_path / "run/adapter").exists()

@@ -33,3 +33,15 @@ def test_take_is_the_token_weighted_mean_of_unequal_batches():
     assert tokens == 54
     assert math.isclose(total / tokens, torch.cat(everything).mean().item(), rel_tol=1e-6)
     assert loss.take(torch.device("cpu")) == (0.0, 0)
+
+
+def test_last_is_what_the_newest_micro_batches_summed_to():
+    loss, generator = TokenLoss(), torch.Generator().manual_seed(0)
+    expected = []
+    for tokens in (3, 50, 1):
+        logits, labels = torch.randn(1, tokens, 11, generator=generator), torch.arange(tokens) % 11
+        expected.append(token_nll(logits[0], labels).sum())
+        loss(SimpleNamespace(logits=logits), labels, num_items_in_batch=54)
+    sums, counts = loss.last(2)
+    assert torch.equal(sums, torch.stack(expected[1:]))
+    assert counts.tolist() == [50, 1]

@@ -106,9 +106,8 @@ def test_held_out_perplexity_is_weighted_by_tokens(write_config, tiny_checkpoint
         read_rows(settings.data).held_out,
         build_template("alpaca", tokenizer),
         tokenizer,
-        max_length=256,
-        too_long="error",
-    ).rows
+        source="rows",
+    )
     base = LlamaForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float64)
     model = PeftModel.from_pretrained(base, folder / "adapter").double().eval()
     nll = []
@@ -190,7 +189,7 @@ def test_tensorboard_if_asked(write_config):
         (["training.lr_scheduler_type=cosine_with_min_lr"], "transformers refuses it"),
         (["model.name_or_path=models/absent"], "no folder models/absent"),
         (["data.path=absent.json"], "no file absent.json"),
-        (["data.max_length=20"], "data.max_length is 20"),
+        (["data.max_length=20"], "are longer than 20 tokens"),
         (["data.max_length=257"], "this model's context of 256"),
         (
             [
@@ -211,3 +210,11 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         run(config, *overrides)
     assert sorted(tmp_path.iterdir()) == sorted({*before, config, tmp_path / "rows.json"})
+
+
+@pytest.mark.parametrize(("rate", "said"), [(1e-12, True), (0.01, False)])
+def test_a_learning_rate_that_changes_no_answer_is_said(write_config, capsys, rate, said):
+    folder = run(write_config(training={"learning_rate": rate}))
+    line = "warning   the adapter leaves the base's answers as they are"
+    assert (line in capsys.readouterr().out) == said
+    assert ('"note": "unchanged"' in (folder / "metrics.jsonl").read_text()) == said
