@@ -45,12 +45,7 @@ def convert(source: Path, destination: Path) -> None:
     quiet_libraries()
     from recipe.model.gguf import convert_gguf
 
-    try:
-        parameters = convert_gguf(source, destination)
-    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise UserError.single(
-            str(source), f"not readable as a GGUF file of a Llama model ({error}). Use another."
-        ) from error
+    parameters = convert_gguf(source, destination)
     seconds = time.perf_counter() - started
     print(f"{destination}: {parameters:,} parameters, all finite, in {seconds:.0f} s")
 

@@ -1,19 +1,33 @@
 """A tiny Llama checkpoint and tiny configs, built on the spot; nothing here touches a network."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Read once, when huggingface_hub is imported.
+# Read once, when huggingface_hub is imported. The token cache of the tests is not the user's.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="recipe-tests-")
 
 import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests import hypothesis_profiles  # noqa: F401
+from tests.blocked_sockets import sitecustomize
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+sitecustomize.block()
+# Each Python process that a test starts blocks itself.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(sitecustomize.__file__).parent), os.environ.get("PYTHONPATH")])
+)
 
 REPOSITORY = Path(__file__).parents[1]
 STARTER = REPOSITORY / "models/smollm2-135m-instruct"

@@ -1,13 +1,19 @@
 """A checkpoint becomes a tokenizer and a base model; nothing is repaired on the way."""
 
-from pathlib import Path
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors import SafetensorError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -16,26 +22,32 @@ from transformers import (
 from recipe.model import attention
 from recipe.settings import ModelSettings, Problem, UserError, plain
 
+_WHERE = "model.name_or_path"
+_GENERATION = "generation_config.json"
+_INDEX = "model.safetensors.index.json"
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SHOWN_CHARACTERS = 240
+
 
 def load_config(settings: ModelSettings) -> LlamaConfig:
     """The checkpoint's config.
 
     Raises:
-        UserError: it cannot be loaded, or is not that of a Llama-architecture model.
+        UserError: it cannot be loaded, is not that of a Llama-architecture model, or says that
+            the weights are quantised otherwise than the settings do.
     """
     _check_folder(settings)
-    try:
+    with _loading(settings, "config"):
         config = AutoConfig.from_pretrained(
             settings.name_or_path, revision=settings.revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise _unloadable(settings, "config", error) from error
     if not isinstance(config, LlamaConfig):
         raise UserError.single(
-            "model.name_or_path",
+            _WHERE,
             f"{settings.name_or_path} is a {config.model_type!r} model; this recipe trains "
             "LlamaForCausalLM checkpoints. Name one of those.",
         )
+    _check_quantization(settings, getattr(config, "quantization_config", None))
     return config
 
 
@@ -46,15 +58,13 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         UserError: it cannot be loaded, or it has no EOS token to train.
     """
     _check_folder(settings)
-    try:
+    with _loading(settings, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             settings.name_or_path, revision=settings.revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise _unloadable(settings, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise UserError.single(
-            "model.name_or_path",
+            _WHERE,
             f"the tokenizer of {settings.name_or_path} has no EOS token, so no model trained with "
             "it would learn to stop. Set eos_token in its tokenizer_config.json.",
         )
@@ -64,14 +74,20 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 def load_base(settings: ModelSettings) -> LlamaForCausalLM:
     """The frozen base in ``settings.dtype``, from safetensors alone, quantised where asked.
 
+    Its generation config holds the special ids and nothing else, see ``generation_config_notes``.
+
     Raises:
         UserError: no such checkpoint, no Llama architecture, or no safetensors weights.
     """
-    load_config(settings)
+    config = load_config(settings)
+    _check_index(settings)
+    _generation_config(settings)  # transformers passes over a broken one
     if settings.attn_implementation == attention.PER_ROW_SDPA:
         attention.register()
     quantization = settings.quantization
-    try:
+    if getattr(config, "quantization_config", None):
+        quantization = None  # it is the same, and transformers would warn that it is given twice
+    with _loading(settings, "weights"):
         model, loading = LlamaForCausalLM.from_pretrained(
             settings.name_or_path,
             revision=settings.revision,
@@ -82,12 +98,73 @@ def load_base(settings: ModelSettings) -> LlamaForCausalLM:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _unloadable(settings, "weights", error) from error
     _check_all_loaded(settings, loading)
     # A cache would be filled and thrown away at each training step.
     model.config.use_cache = False
+    held = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(held, name) for name in _SPECIAL})
     return model
+
+
+def check_special_ids(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, config: LlamaConfig
+) -> None:
+    """Tokenizer, config and generation config must mean the same tokens by bos and eos.
+
+    A model that is trained to end with one token and stopped at another never stops. Pad ids may
+    differ: nothing is padded here.
+
+    Raises:
+        UserError: with one problem for each disagreement and each id outside the vocabulary.
+    """
+    generation = _generation_config(settings)
+    files = {"config.json": config, _GENERATION: generation}
+    problems = [
+        Problem(
+            _WHERE,
+            f"{settings.name_or_path}: {source} has {name} {wrong!r}, which is no token of a "
+            f"vocabulary of {config.vocab_size}. In a local copy, correct it, or set it to null.",
+        )
+        for source, holder in {"the tokenizer": tokenizer, **files}.items()
+        for name in _SPECIAL
+        for wrong in _ids(getattr(holder, name, None))
+        if type(wrong) is not int or not 0 <= wrong < config.vocab_size
+    ]
+    for source, holder in files.items():
+        for name in ("bos_token_id", "eos_token_id"):
+            ours, theirs = getattr(tokenizer, name), _ids(getattr(holder, name, None))
+            if ours is not None and theirs and ours not in theirs:
+                token = tokenizer.convert_ids_to_tokens(ours)
+                problems.append(
+                    _disagreement(settings, name, f"{ours} ({token!r})", source, theirs)
+                )
+    if problems:
+        raise UserError(problems)
+
+
+def generation_config_notes(settings: ModelSettings) -> list[str]:
+    """What of the checkpoint's generation config contradicts itself, one line each for the screen.
+
+    Raises:
+        UserError: there is such a file and it cannot be loaded.
+    """
+    config = _generation_config(settings)
+    if config is None:
+        return []
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        # The library lists each as "- `name`: why. …"; one that is worse is the whole text.
+        listed = re.findall(r"^- `(\w+)`: (.+?)\.(?: |$)", str(error), re.MULTILINE)
+        if not listed:
+            return [f"{_GENERATION} is not taken over: {_reason(error)}"]
+        return [
+            f"{_GENERATION}: {name} {getattr(config, name)} is not taken over, because "
+            f"{why.replace('`', '')}; with it, a changed copy could not be saved"
+            for name, why in listed
+            if name not in _SPECIAL
+        ]
+    return []
 
 
 def _check_folder(settings: ModelSettings) -> None:
@@ -97,7 +174,7 @@ def _check_folder(settings: ModelSettings) -> None:
     looks_local = name.startswith(prefixes) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise UserError.single(
-            "model.name_or_path",
+            _WHERE,
             f"no folder {name} (looked from {Path.cwd()}). Correct the path; the starter model "
             "comes from `make setup`.",
         )
@@ -108,10 +185,119 @@ def _check_folder(settings: ModelSettings) -> None:
         )
 
 
+def _file(settings: ModelSettings, name: str) -> Path | None:
+    """A file of the checkpoint, downloaded if need be; None if the checkpoint has none."""
+    folder = Path(settings.name_or_path)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    with _loading(settings, name):
+        try:
+            return Path(hf_hub_download(settings.name_or_path, name, revision=settings.revision))
+        except EntryNotFoundError:
+            return None
+
+
+def _generation_config(settings: ModelSettings) -> GenerationConfig | None:
+    if _file(settings, _GENERATION) is None:
+        return None
+    with _loading(settings, _GENERATION):
+        return GenerationConfig.from_pretrained(
+            settings.name_or_path, revision=settings.revision or "main"
+        )
+
+
+def _check_index(settings: ModelSettings) -> None:
+    """The index says which files hold the weights: those of its folder, or any on the machine."""
+    file = _file(settings, _INDEX)
+    if file is None:
+        return
+    with _loading(settings, _INDEX):
+        index = json.loads(file.read_bytes())
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError.single(
+            _WHERE,
+            f"{_INDEX} of {settings.name_or_path} has no table weight_map. Use another copy.",
+        )
+    foreign = [name for name in names.values() if not _is_weights_file(name)]
+    if foreign:
+        raise UserError.single(
+            _WHERE,
+            f"{_INDEX} of {settings.name_or_path} names {foreign[0]!r}, which is no safetensors "
+            "file of that folder. Use another copy; this one is not to be trusted.",
+        )
+
+
+def _is_weights_file(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and "\\" not in name
+        and PurePosixPath(name).parts == (name,)
+        and name.endswith(".safetensors")
+    )
+
+
+def _check_quantization(settings: ModelSettings, stored: Any) -> None:
+    """transformers takes the checkpoint's quantisation over the one that was asked for."""
+    if stored is None:
+        return
+    where, name = "model.quantization", settings.name_or_path
+    method = stored.get("quant_method")  # old bitsandbytes checkpoints do not name it
+    bitsandbytes = stored.get("load_in_4bit") or stored.get("load_in_8bit")
+    if not bitsandbytes or method not in (None, "bitsandbytes"):
+        raise UserError.single(
+            _WHERE,
+            f"config.json of {name} has a quantization_config of quant_method {method!r}; this "
+            "version takes 4 and 8 bit bitsandbytes and unquantised weights. Name such a model.",
+        )
+    with _loading(settings, "quantization_config"):
+        held = BitsAndBytesConfig.from_dict(stored).to_dict()
+        asked = BitsAndBytesConfig(**plain(settings.quantization or {})).to_dict()
+    default = BitsAndBytesConfig().to_dict()
+    options = {k: v for k, v in held.items() if k[0] != "_" and v != default.get(k)}
+    if settings.quantization is None:
+        raise UserError.single(
+            where,
+            f"null, but {name} is quantised already. Say so: {json.dumps(options)}.",
+        )
+    problems = [
+        Problem(
+            f"{where}.{key}",
+            f"is {asked[key]!r}, but {name} is quantised with {held[key]!r}, and weights are not "
+            f"quantised twice. Write {json.dumps(held[key])}, or name the unquantised model.",
+        )
+        for key in ("load_in_4bit", "load_in_8bit", *sorted(asked))
+        if asked[key] != held[key] and key[0] != "_"
+    ]
+    if problems:
+        raise UserError(dict.fromkeys(problems))
+
+
+def _ids(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _disagreement(
+    settings: ModelSettings, name: str, ours: str, source: str, theirs: list[Any]
+) -> Problem:
+    shown = theirs[0] if len(theirs) == 1 else theirs
+    default = getattr(LlamaConfig(), name)
+    if source == "config.json" and theirs == [default]:
+        shown = f"{shown} (which is also what leaving it out means)"
+    return Problem(
+        _WHERE,
+        f"{settings.name_or_path}: the tokenizer has {name} {ours}, but {source} has {shown}. "
+        f"In a local copy, correct whichever is wrong: tokenizer_config.json or {source}.",
+    )
+
+
 def _check_all_loaded(settings: ModelSettings, loading: dict[str, Any]) -> None:
     """transformers fills what is missing with random values, and only warns."""
     problems = [
-        Problem("model.name_or_path", f"{settings.name_or_path} {what}: {', '.join(names)}.")
+        Problem(_WHERE, f"{settings.name_or_path} {what}: {', '.join(names)}.")
         for what, key in (
             ("lacks weights of a LlamaForCausalLM", "missing_keys"),
             ("holds weights that no LlamaForCausalLM has", "unexpected_keys"),
@@ -123,10 +309,29 @@ def _check_all_loaded(settings: ModelSettings, loading: dict[str, Any]) -> None:
         raise UserError(problems)
 
 
-def _unloadable(settings: ModelSettings, what: str, error: Exception) -> UserError:
-    reason = str(error).strip().split("\n")[0]
-    return UserError.single(
-        "model.name_or_path",
-        f"the {what} of {settings.name_or_path} could not be loaded ({reason}). Correct the name "
-        "or path; a gated model needs `hf auth login` and its licence accepted.",
-    )
+@contextmanager
+def _loading(settings: ModelSettings, what: str) -> Iterator[None]:
+    """For one call of a library that reads the checkpoint: what it raises becomes one line.
+
+    Which exceptions broken files raise is documented nowhere, and a panic in a library written in
+    Rust is no ``Exception``.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError.single(
+            _WHERE,
+            f"the {what} of {settings.name_or_path} could not be loaded ({_reason(error)}). "
+            "Correct the name, the path or the file; a gated model needs `hf auth login` and its "
+            "licence accepted.",
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [""]
+    # A line that ends so announces the next.
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    kind = "" if isinstance(error, OSError | ValueError) and said else f"{type(error).__name__}: "
+    return f"{kind}{said}"[:_SHOWN_CHARACTERS].removesuffix(": ")

@@ -42,7 +42,10 @@ def add_lora(
     try:
         model = get_peft_model(base, LoraConfig(**{"task_type": "CAUSAL_LM", **plain(lora)}))
     except (ValueError, TypeError, re.error, NotImplementedError) as error:
-        raise UserError.single("lora", f"peft refuses it: {error}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError.single(
+            "lora", f"peft refuses it: {reason}. Correct the value or leave it out."
+        ) from error
     if mixed_precision:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -158,7 +161,8 @@ def _rehearse_conversion(model: PeftModel, initial: Path, kind: str) -> None:
             save_portable(model, Path(folder), initial)
         except (ValueError, KeyError, RuntimeError) as error:
             raise UserError.single(
-                "lora.init_lora_weights", f"{kind} with these settings: peft refuses: {error}"
+                "lora.init_lora_weights",
+                f"{kind} with these settings: peft refuses: {error}. Leave one out.",
             ) from error
         saved = set(load_file(Path(folder) / "adapter_model.safetensors"))
     if saved != set(get_peft_model_state_dict(model, save_embedding_layers=False)):

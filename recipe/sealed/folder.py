@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 SEAL = "sha256.json"
 _CHUNK_BYTES = 1 << 20
@@ -54,21 +54,37 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> list[str]:
-    """Say what differs between ``folder`` and its seal; an empty list means it is whole."""
-    try:
-        sealed = json.loads((folder / SEAL).read_text())
-    except FileNotFoundError:
+    """Say what differs between ``folder`` and its seal; an empty list means it is whole.
+
+    Only files that lie in the folder are ever opened, whatever the seal names.
+    """
+    if not (folder / SEAL).is_file():
         return [f"{folder / SEAL}: missing, so nothing proves that the folder is whole"]
-    except ValueError:
+    try:
+        sealed = json.loads((folder / SEAL).read_bytes())
+    except (ValueError, RecursionError):
         return [f"{folder / SEAL}: not readable as JSON"]
     if not isinstance(sealed, dict) or not sealed:
         return [f"{folder / SEAL}: not a table of hashes"]
-    problems = [f"{folder / name}: missing" for name in sealed if not (folder / name).is_file()]
-    return problems + [
-        f"{folder / name}: changed since it was written"
-        for name, sha256 in sealed.items()
-        if (folder / name).is_file() and _sha256(folder / name) != sha256
-    ]
+    there = set(_files(folder))
+    found = ((name, _difference(folder, name, sealed[name], there)) for name in sealed)
+    return [f"{folder / _shown(name)}: {said}" for name, said in found if said]
+
+
+def _difference(folder: Path, name: str, sha256: object, there: set[str]) -> str | None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        return f"named in {SEAL}, but not inside the folder"
+    if not isinstance(sha256, str):
+        return f"no hash in {SEAL}"
+    if name not in there:
+        return "missing"
+    return None if _sha256(folder / name) == sha256 else "changed since it was written"
+
+
+def _shown(name: str) -> str:
+    """On one line, and beneath the folder even if it begins with a slash."""
+    return name.lstrip("/") if name.isprintable() else repr(name)
 
 
 def _files(folder: Path) -> list[str]:

@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from recipe.model.lora import save_portable
 from recipe.sealed import damage, whole_folder
-from recipe.settings import RunFailed, UserError
+from recipe.settings import ModelSettings, RunFailed, UserError
 
 RECEIPT = "recipe.json"
 WEIGHTS = "adapter_model.safetensors"
+_TEMPLATES = ("alpaca", "chat", "raw")
 
 
 def save_adapter(
@@ -87,7 +88,8 @@ def read_receipt(folder: Path) -> dict[str, Any]:
     """``recipe.json`` of an adapter whose files are whole.
 
     Raises:
-        UserError: no adapter of this recipe is there, or a file of it changed.
+        UserError: no adapter of this recipe is there, a file of it changed, or it does not say
+            which base and template it belongs to.
     """
     if not (folder / RECEIPT).is_file():
         found = f"holds no {RECEIPT}" if folder.is_dir() else "is no folder"
@@ -97,8 +99,56 @@ def read_receipt(folder: Path) -> dict[str, Any]:
     problems = damage(folder)
     if problems:
         raise UserError.single("adapter", f"{'; '.join(problems)}. Use another copy.")
-    receipt: dict[str, Any] = json.loads((folder / RECEIPT).read_text())
+    try:
+        receipt: dict[str, Any] = json.loads((folder / RECEIPT).read_text())
+        ModelSettings(**receipt["base"])
+        template = receipt["template"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UserError.single(
+            "adapter",
+            f"{folder / RECEIPT} does not say which base and template the adapter belongs to "
+            f"({type(error).__name__}). Use another copy.",
+        ) from error
+    if template not in _TEMPLATES:
+        raise UserError.single(
+            "adapter",
+            f"{folder / RECEIPT} names the template {template!r}, expected one of "
+            f"{', '.join(_TEMPLATES)}. Use another copy.",
+        )
     return receipt
+
+
+def load_adapter(base: Any, folder: Path) -> PeftModel:
+    """Put the adapter in ``folder`` on ``base``.
+
+    Raises:
+        UserError: it is no LoRA adapter in safetensors that peft can put on this base.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise UserError.single(
+            "adapter", f"{folder} holds no {WEIGHTS}, and nothing else is read. Use another copy."
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # what broken files raise is documented nowhere
+        raise _unloadable(folder, error) from error
+    if not isinstance(config, LoraConfig) or config.megatron_config:
+        raise UserError.single(
+            "adapter",
+            f"adapter_config.json of {folder} is not of a LoRA adapter, or names modules to import "
+            "(megatron_config). Use another copy.",
+        )
+    try:
+        return PeftModel.from_pretrained(base, str(folder), config=config)
+    except Exception as error:
+        raise _unloadable(folder, error) from error
+
+
+def _unloadable(folder: Path, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
+    return UserError.single(
+        "adapter", f"{folder} could not be loaded ({reason}). Use another copy."
+    )
 
 
 def newest_adapter(runs: Path) -> Path:
