@@ -25,7 +25,7 @@ STARTER := models/smollm2-135m-instruct
 # Loading never asks a hub for what lies on this disk; nothing here sends usage statistics.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup train infer test test-slow test-gpu check lint types options \
+.PHONY: help setup train infer test test-slow test-gpu fuzz check lint types options \
         bench-starter bench-exactness clean
 
 help: ## print this list
@@ -47,6 +47,10 @@ test-slow: setup .venv/.dev ## the tests that take minutes
 
 test-gpu: setup .venv/.dev ## the tests that need a CUDA device
 	@$(PY) -m pytest -q -m gpu $(ARGS)
+
+fuzz: setup .venv/.dev ## 5,000 hypothesis inputs for each part of settings and data (about an hour)
+	@$(PY) -m pytest -q --hypothesis-profile=deep --hypothesis-show-statistics \
+		tests/settings/test_fuzz.py tests/data/test_fuzz.py $(ARGS)
 
 lint: .venv/.dev
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

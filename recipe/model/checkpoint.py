@@ -1,6 +1,7 @@
 """A checkpoint becomes a tokenizer and a base model; nothing is repaired on the way."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,13 +173,15 @@ def _check_folder(settings: ModelSettings) -> None:
     name = settings.name_or_path
     prefixes = ("models/", "runs/", "./", "../", "/", "~")
     looks_local = name.startswith(prefixes) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
+    # os.path, because Path.is_dir raises where a name is too long for any file system.
+    is_folder = os.path.isdir(name)  # noqa: PTH112
+    if looks_local and not is_folder:
         raise UserError.single(
             _WHERE,
             f"no folder {name} (looked from {Path.cwd()}). Correct the path; the starter model "
             "comes from `make setup`.",
         )
-    if settings.revision and Path(name).is_dir():
+    if settings.revision and is_folder:
         raise UserError.single(
             "model.revision",
             f"{settings.revision} is of a hub id, but {name} is a folder. Leave it out.",
@@ -188,7 +191,7 @@ def _check_folder(settings: ModelSettings) -> None:
 def _file(settings: ModelSettings, name: str) -> Path | None:
     """A file of the checkpoint, downloaded if need be; None if the checkpoint has none."""
     folder = Path(settings.name_or_path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # noqa: PTH112
         return folder / name if (folder / name).is_file() else None
     with _loading(settings, name):
         try:

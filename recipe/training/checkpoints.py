@@ -1,6 +1,7 @@
 """Checkpoints carry their seal, and a run continues only from a whole one of the same run."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,10 +62,11 @@ def find_checkpoint(asked: str, *, best_needed: bool = False) -> Path:
     """
     where = "training.resume_from_checkpoint"
     folder = Path(asked)
-    if not (folder / _TRAINER_STATE).is_file():
+    # os.path, because Path's own raise where a name is too long for any file system.
+    if not os.path.isfile(folder / _TRAINER_STATE):  # noqa: PTH113
         numbers = [
             int(path.name.removeprefix("checkpoint-"))
-            for path in folder.glob("checkpoint-*")
+            for path in (folder.glob("checkpoint-*") if os.path.isdir(folder) else ())  # noqa: PTH112
             if path.name.removeprefix("checkpoint-").isdecimal()
         ]
         if not numbers:

@@ -111,6 +111,20 @@ LATER = {
     "fp16 on the CPU": ("training.fp16=true", "training.fp16: fp16 training needs a GPU"),
     "a full folder": ("training.output_dir=full", "training.output_dir: full is not empty"),
     "a file as folder": ("training.output_dir=tiny.yaml", "training.output_dir: tiny.yaml is"),
+    "a folder under a file": (
+        "training.output_dir=tiny.yaml/run",
+        "training.output_dir: tiny.yaml/run would lie in a file.",
+    ),
+    "a folder of a long name": (f"training.output_dir={'x' * 5000}", "training.output_dir: xxx"),
+    "a model of a long name": (f"model.name_or_path=./{'x' * 5000}", "model.name_or_path: "),
+    "a checkpoint of a long name": (
+        f"training.resume_from_checkpoint={'x' * 5000}",
+        "training.resume_from_checkpoint: ",
+    ),
+    "arguments that a schedule does not take": (
+        "training.lr_scheduler_kwargs={a: 1}",
+        "training: transformers refuses it: ",
+    ),
     "no checkpoint": ("training.resume_from_checkpoint=full", "training.resume_from_checkpoint: "),
     "nothing to resume": (
         "training.resume_from_checkpoint=no",

@@ -160,6 +160,26 @@ def test_a_template_that_forgets_earlier_answers_is_refused(with_template):
         template.spans(talk(0, "a", "b", "c", "d"))
 
 
+def test_a_template_whose_prompts_forget_earlier_turns_is_refused(with_template):
+    template = with_template(
+        "{% if add_generation_prompt %}{{ messages[0].content }}{% else %}{% for m in messages %}"
+        "{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% endif %}"
+    )
+    with pytest.raises(UnfitRowError, match=r"in this order \(turn 3\)"):
+        template.spans(talk(0, "a", "b", "c", "b"))
+
+
+@pytest.mark.parametrize("written", ["<think></think>{{ m.content }}", "{{ m.content }}<end>"])
+def test_a_template_that_writes_into_the_answer_is_refused(with_template, written):
+    """What it writes would be trained, and nobody said it."""
+    template = with_template(
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + written + "</s>"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UnfitRowError, match="what to train on is unknown"):
+        template.spans(talk(0, "a", "b"))
+
+
 def test_a_template_that_refuses_a_row_says_why(with_template):
     template = with_template(
         "{% for m in messages %}{% if m.role == 'system' %}"

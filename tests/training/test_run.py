@@ -1,6 +1,7 @@
 """Real runs of the tiny model: what is learned, written and said."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -154,6 +155,40 @@ def test_an_adapter_that_learned_nothing_is_not_saved(write_config, tmp_path, lo
     with pytest.raises(RunFailed, match="B·A is zero, so it changes nothing"):
         run(write_config(lora=lora, training={"learning_rate": 1e-60, "max_steps": 1}))
     assert not (tmp_path / "run/adapter").exists()
+
+
+@pytest.fixture
+def edited(tiny_checkpoint, tmp_path):
+    """A copy of the tiny checkpoint with other keys in one of its JSON files."""
+
+    def edit(file, **values):
+        copy = shutil.copytree(tiny_checkpoint, tmp_path / "edited", dirs_exist_ok=True)
+        (copy / file).write_text(json.dumps({**json.loads((copy / file).read_text()), **values}))
+        return {"name_or_path": str(copy)}
+
+    return edit
+
+
+def test_special_ids_that_disagree_stop_a_run(write_config, edited, tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        run(write_config(model=edited("config.json", eos_token_id=5)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_a_larger_model_stops_a_run(write_config, edited, tokenizer):
+    """Its weights are not even asked for."""
+    config = write_config(model=edited("config.json", vocab_size=len(tokenizer) - 60))
+    with pytest.raises(UserError, match=r"makes token .* but the model knows"):
+        run(config)
+
+
+def test_the_first_llama_2_generation_config_is_said_and_does_no_harm(write_config, edited, capsys):
+    model = edited("generation_config.json", temperature=0.9, top_p=0.6)
+    run(write_config(model=model, training={"save_strategy": "steps", "save_steps": 2}))
+    screen = capsys.readouterr().out
+    assert "temperature" in screen
+    assert "top_p" in screen
+    assert "saved " in screen
 
 
 def test_tensorboard_if_asked(write_config):
