@@ -93,7 +93,8 @@ def left_out(data: Data) -> list[str]:
     """Lines on everything that is not trained as it stands in the source, or looks odd in it."""
     notes = []
     if data.rows.ignored_columns:
-        notes.append(f"columns not used: {', '.join(data.rows.ignored_columns)}")
+        more = ", …" if len(data.rows.ignored_columns) > _SHOWN else ""
+        notes.append(f"columns not used: {', '.join(data.rows.ignored_columns[:_SHOWN])}{more}")
     for indices, what in (
         (data.rows.empty, "dropped, answer empty"),
         (data.rows.overlap, "dropped from the held-out rows, trained on"),

@@ -227,7 +227,9 @@ def _parquet(path: Path, content: bytes) -> list[Any]:
     try:
         records: list[Any] = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = (
+            str(error).strip().split("\n")[0].rstrip(".").replace("'<Buffer>'", repr(path.name))
+        )
         raise UserError.single(
             str(path), f"not readable as Parquet: {reason}. Write the file again."
         ) from error

@@ -32,27 +32,32 @@ def _section(name: str) -> str:
     lines = [f"## {name}", "", "| key | value | default | |", "|---|---|---|---|"]
     for key, option in options(name).items():
         if key not in refused:
-            lines.append(_row(key, option))
+            lines.append(_row(key, option, without=_refused_values(name, key)))
             lines += [_row(f"{key}.{k}", inner) for k, inner in (option.inner or {}).items()]
     if refused:
         lines += ["", f"Refused, with the reason in the message: {', '.join(sorted(refused))}."]
     return "\n".join([*lines, ""])
 
 
-def _row(key: str, option: Option) -> str:
+def _row(key: str, option: Option, *, without: tuple[object, ...] = ()) -> str:
     default = {Absent.REQUIRED: "required", Absent.UNREAD: ""}.get(
         option.default if isinstance(option.default, Absent) else Absent.UNREAD,
         "",
     )
     if not isinstance(option.default, Absent):
         default = f"`{'null' if option.default is None else option.default}`"
-    cells = (f"`{key}`", _values(option), default, option.help.replace("%%", "%"))
+    cells = (f"`{key}`", _values(option, without), default, option.help.replace("%%", "%"))
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def _values(option: Option) -> str:
-    names = [str(choice) for choice in option.choices if choice is not None]
-    return ", ".join(names) if len(names) > 2 else option.expected
+def _refused_values(section: str, key: str) -> tuple[object, ...]:
+    entry = {"lora": LORA, "training": TRAINING}.get(section, {}).get(key)
+    return (entry.values or ()) if entry else ()
+
+
+def _values(option: Option, without: tuple[object, ...]) -> str:
+    names = [str(choice) for choice in option.choices if choice not in (None, *without)]
+    return ", ".join(names) if without or len(names) > 2 else option.expected
 
 
 if __name__ == "__main__":
