@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from recipe.data.rows import Row
@@ -52,8 +53,9 @@ def cached_rows(
         made = tokenize_rows(rows, template, tokenizer, source=source)
         return made, f"not kept: {folder.parent} cannot be written ({error.strerror})"
     try:
-        if (folder / SEAL).is_file() and not damage(folder):
-            return _read(folder, rows), f"read from {folder}"
+        kept = _read(folder, rows)
+        if kept is not None:
+            return kept, f"read from {folder}"
         made = tokenize_rows(rows, template, tokenizer, source=source)
         return made, _write(folder, made)
     finally:
@@ -66,8 +68,8 @@ def _write(folder: Path, rows: Sequence[TokenizedRow]) -> str:
     try:
         with whole_folder(folder) as staged:
             save_file(_arrays(rows), staged / _TOKENS)
-    except OSError as error:
-        return f"not kept: {folder} cannot be written ({error.strerror})"
+    except (OSError, SafetensorError) as error:  # a full disk is the latter
+        return f"not kept: {folder} cannot be written ({error})"
     return ""
 
 
@@ -97,13 +99,15 @@ def _arrays(rows: Sequence[TokenizedRow]) -> dict[str, np.ndarray]:
     }
 
 
-def _read(folder: Path, rows: Sequence[Row]) -> list[TokenizedRow]:
-    arrays = load_file(folder / _TOKENS)
-    borders = np.cumsum(arrays["lengths"])[:-1]
-    pairs = zip(
-        rows,
-        np.split(arrays["input_ids"], borders),
-        np.split(arrays["trained"], borders),
-        strict=True,
-    )
+def _read(folder: Path, rows: Sequence[Row]) -> list[TokenizedRow] | None:
+    """What ``_write`` kept; None if there is nothing whole."""
+    if not (folder / SEAL).is_file() or damage(folder):
+        return None
+    try:
+        arrays = load_file(folder / _TOKENS)
+        borders = np.cumsum(arrays["lengths"])[:-1]
+        ids = np.split(arrays["input_ids"], borders)
+        pairs = list(zip(rows, ids, np.split(arrays["trained"], borders), strict=True))
+    except (OSError, SafetensorError, KeyError, ValueError):  # sealed, but not by us
+        return None
     return [TokenizedRow(row.index, ids, trained) for row, ids, trained in pairs]

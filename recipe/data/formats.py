@@ -86,6 +86,9 @@ def find_format(asked: str | None, columns: set[str], records: Sequence[Any], pa
             f"{_listed(chosen.needs)}. Rename the columns, or correct data.format.",
         )
     fitting = [one for one in known.values() if one.needs <= columns]
+    if len(fitting) > 1:  # a column of nulls is none
+        used = {key for r in records if isinstance(r, Mapping) for key in r if r[key] is not None}
+        fitting = [one for one in fitting if one.needs <= used] or fitting
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -115,7 +118,8 @@ def _has_roles(records: Sequence[Any]) -> bool:
     for record in records:
         turns = record.get("conversations") if isinstance(record, Mapping) else None
         if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
-            return "role" in turns[0] and "from" not in turns[0]
+            # Columnar files write null where a turn has no such key.
+            return turns[0].get("role") is not None and turns[0].get("from") is None
     return False
 
 

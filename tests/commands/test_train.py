@@ -102,12 +102,14 @@ def test_the_four_columns_of_the_hub_data_set_and_an_empty_output_train(
         {"instruction": "Name a fruit.", "input": "", "output": "Apple", "text": "Below is …"},
         {"instruction": "Give the plural.", "input": "cat", "output": "cats", "text": "Below is …"},
         {"instruction": "Say nothing.", "input": "", "output": "", "text": "Below is …"},
+        {"instruction": "Strike <s>this</s> out.", "input": "", "output": "this", "text": "…"},
     ]
     config = write_config(data={"path": str(write_rows(rows, "four.json"))})
     assert in_process("--config", str(config), "training.max_steps=2") == 0
     screen = capsys.readouterr().out
     assert "columns not used: text" in screen
     assert "1 row dropped, answer empty: 2" in screen
+    assert "1 row with special tokens of the tokenizer written in their text: 3" in screen
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from recipe.data import cache
 from recipe.data.templates import build_template
+from recipe.sealed import seal
 from recipe.settings import UserError
+from tests.conftest import build_tokenizer
 from tests.data.conversations import one_turn, talk
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,6 +79,29 @@ def test_whatever_the_ids_depend_on_is_part_of_the_key(tokenizer, tokenised):
     assert len(tokenised) == 5
 
 
+def test_another_tokenizer_reads_nothing_of_this_one(tokenizer, tokenised):
+    cached(tokenizer)
+    other = build_tokenizer()
+    other.add_tokens(["fruit"])
+    rows, said = cached(other)
+    assert said == ""
+    assert tokenised == [2, 2]
+    assert len(tokenizer) in rows[0].input_ids
+
+
+def test_other_code_of_the_data_room_reads_nothing_of_this_one(tokenizer, tokenised, monkeypatch):
+    cached(tokenizer)
+    changed = {path: path.read_bytes() for path in Path(cache.__file__).parent.glob("*.py")}
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(
+        Path,
+        "read_bytes",
+        lambda path: changed[path] + b"#" if path in changed else read_bytes(path),
+    )
+    assert cached(tokenizer)[1] == ""
+    assert tokenised == [2, 2]
+
+
 def test_a_damaged_folder_is_made_again(tokenizer, tokenised, home):
     first, _ = cached(tokenizer)
     (file,) = home.glob("*/tokens.safetensors")
@@ -87,6 +113,25 @@ def test_a_damaged_folder_is_made_again(tokenizer, tokenised, home):
     assert said == ""
     assert same(first, second)
     assert cached(tokenizer)[1].startswith("read from ")
+
+
+def test_a_sealed_folder_of_something_else_is_made_again(tokenizer, tokenised, home):
+    cached(tokenizer)
+    (file,) = home.glob("*/tokens.safetensors")
+    file.write_bytes(b"something else")
+    seal(file.parent)
+    assert cached(tokenizer)[1] == ""
+    assert len(tokenised) == 2
+
+
+def test_a_full_disk_is_said(tokenizer, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    rows, said = cached(tokenizer)
+    assert len(rows) == 2
+    assert "cannot be written (No space left on device)" in said
 
 
 def test_broken_rows_are_told_each_time_and_nothing_is_kept(tokenizer, home):

@@ -87,3 +87,15 @@ def test_held_out_rows_that_are_trained_on_are_left_out(write_rows):
 def test_held_out_rows_that_are_all_trained_on_are_an_error(write_rows):
     with pytest.raises(UserError, match=r"all 1 rows .* are training rows too"):
         read(write_rows([GOOD, GOOD]), rows="0:1", held_out="1:2")
+
+
+def test_columns_and_keys_of_nulls_do_not_decide_over_the_format(write_rows):
+    """As a columnar file fills them in for rows that have none."""
+    null = {"from": None, "value": None}
+    turns = [
+        {"role": "user", "content": "a", **null},
+        {"role": "assistant", "content": "b", **null},
+    ]
+    assert read(write_rows([{"conversations": turns}])).format == "messages"
+    both = {"messages": turns, "conversations": None, "prompt": "a", "completion": None}
+    assert read(write_rows([both])).format == "messages"
