@@ -94,17 +94,18 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
 def check(settings: Settings) -> None:
     """Everything up to the first step: rows, model, adapter and the perplexity before training.
 
-    Nothing is written.
+    Nothing is written, the token cache aside.
 
     Raises:
         UserError, RunFailed: as ``finetune``.
     """
     started = time.perf_counter()
     resumed = _checkpoint(settings)
-    prepared = _prepare(settings, ())
+    silent = {**settings.training, "report_to": "none"}  # a reporter would make its folder
+    prepared = _prepare(settings.model_copy(update={"training": silent}), ())
     arguments, trainer, data = prepared.arguments, prepared.trainer, prepared.data
     if resumed:
-        check_same_run(settings, data.rows.sha256, resumed.parent)
+        check_same_run(settings, data.tokens_sha256, resumed.parent)
     say = _speaker(main_process=arguments.process_index == 0)
     say("\n".join(introduction(Run(settings, arguments, data, trainer.model), None)))
     if resumed:
@@ -157,7 +158,7 @@ def _checkpoint(settings: Settings) -> Path | None:
 def _run_folder(settings: Settings, data: Data, resumed: Path | None) -> Path:
     if resumed is None:
         return make_run_folder(settings)
-    check_same_run(settings, data.rows.sha256, resumed.parent)
+    check_same_run(settings, data.tokens_sha256, resumed.parent)
     return resumed.parent
 
 

@@ -101,6 +101,7 @@ def manifest_facts(run: Run) -> dict[str, Any]:
         },
         "data": {
             "sha256": data.rows.sha256,
+            "tokens_sha256": data.tokens_sha256,
             "rows": len(data.train.rows),
             "held_out": len(data.held_out.rows),
             "tokens": data.train.tokens,

@@ -1,5 +1,6 @@
 """The rows of a run, from ``data:`` and the base's tokenizer to what the Trainer is given."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,16 @@ class Data:
     max_length: int
     special_in_text: list[int]
     cache: str
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Of all ids and masks, in order: what a run that goes on must find again."""
+        digest = hashlib.sha256()
+        for row in (*self.train.rows, *self.held_out.rows):
+            digest.update(len(row).to_bytes(8, "little"))
+            digest.update(row.input_ids.tobytes())
+            digest.update(row.trained.tobytes())
+        return digest.hexdigest()
 
 
 def load_data(settings: Settings) -> Data:
@@ -139,7 +150,8 @@ def _special_in_text(
     """Rows whose text holds what the tokenizer reads as control; raw text may mean it so."""
     if template.name == "raw":
         return []
-    special = [str(token) for token in tokenizer.all_special_tokens]
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = {str(token) for token in (*tokenizer.all_special_tokens, *added)}
     return [
         row.index
         for row in rows

@@ -27,7 +27,8 @@ _TOKENS = "tokens.safetensors"
 
 def cache_folder() -> Path:
     """``recipe/tokens`` in the Hugging Face cache, which ``HF_HOME`` moves to another disk."""
-    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "recipe/tokens"
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(home).expanduser() / "recipe/tokens"
 
 
 def cached_rows(

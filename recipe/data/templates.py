@@ -31,7 +31,7 @@ ALPACA_WITHOUT_INPUT = (
 # A template that asks for today's date (Llama 3.2's does) would write other tokens tomorrow than
 # the adapter was trained on. It gets the date that Llama 3's templates fall back to.
 _DATE = datetime(2024, 7, 26)
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_TODAY = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class Span(NamedTuple):
@@ -129,7 +129,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         try:
             self.source = _TODAY.sub(_that_day, tokenizer.get_chat_template())
-            if "strftime_now(" in self.source:
+            if re.search(r"\bstrftime_now\b(?!\s+is\s+defined)", self.source):
                 raise UnfitRowError("it writes today's date, which is another one tomorrow.")
             self.prompt("Hello")
         except UnfitRowError as error:
@@ -157,6 +157,7 @@ class ChatTemplate:
                     f"{str(self._tokenizer.eos_token)!r} in this order (turn {number}), so what to "
                     "train on is unknown. Use data.template: alpaca, or another base."
                 )
+            _check_nothing_dropped(row.messages[:number], prompt)
             spans += [Span(prompt.removeprefix(written), False), Span(response, True)]
             written = prompt + response
         return spans
@@ -184,6 +185,20 @@ class ChatTemplate:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnfitRowError(f"the chat template refuses it ({reason}).") from error
         return str(text)
+
+
+def _check_nothing_dropped(messages: Sequence[Message], prompt: str) -> None:
+    """Some templates leave out a system turn, or cut what they are given, without a word."""
+    at = 0
+    for number, message in enumerate(messages):
+        for text in (message.content.strip(), message.context.strip()):
+            found = prompt.find(text, at)
+            if found < 0:
+                raise UnfitRowError(
+                    f"the tokenizer's chat template leaves out what the {message.role} says (turn "
+                    f"{number}). Remove that turn, or use another base."
+                )
+            at = found + len(text)
 
 
 def _that_day(call: re.Match[str]) -> str:

@@ -16,7 +16,9 @@ from recipe.settings import Problem, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROWS_AT_ONCE = 512  # keeps the fast tokenizer's threads busy; memory stays small
+# Of all texts that are tokenised together: keeps the tokenizer's threads busy, and memory small.
+# A conversation of n turns is tokenised n times, each time one turn longer.
+_CHARACTERS_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,7 @@ def tokenize_rows(
     tokenized: list[TokenizedRow] = []
     problems: list[Problem] = []
     bar = tqdm(total=len(rows), desc="tokenising", unit="row", delay=2, leave=False, disable=None)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        chunk = rows[start : start + _ROWS_AT_ONCE]
+    for chunk in _chunks(rows):
         for row, encoded in _encoded(chunk, template, tokenizer):
             if isinstance(encoded, EncodedRow):
                 mask = encoded.mask()
@@ -128,6 +129,20 @@ def broken_invariant(
             "Remove it from the text."
         )
     return None
+
+
+def _chunks(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    characters = 0
+    for row in rows:
+        texts = [message.content + message.context for message in row.messages]
+        chunk.append(row)
+        characters += len(texts) * sum(map(len, texts))
+        if characters > _CHARACTERS_AT_ONCE:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _merged_border(

@@ -131,13 +131,13 @@ def _unlike_a_state(folder: Path, *, best_needed: bool) -> list[str]:
     return []
 
 
-def check_same_run(settings: Settings, data_sha256: str, run: Path) -> None:
+def check_same_run(settings: Settings, tokens_sha256: str, run: Path) -> None:
     """A run continues with the settings and the data it began with, or not at all.
 
     Raises:
         UserError: naming each difference.
     """
-    began, began_data_sha256, began_processes = _began(run)
+    began, began_tokens_sha256, began_processes = _began(run)
     now = _flat(yaml.safe_load(dump(settings)))
     problems = [
         Problem(
@@ -146,9 +146,13 @@ def check_same_run(settings: Settings, data_sha256: str, run: Path) -> None:
         for key in sorted(began.keys() | now.keys())
         if began.get(key) != now.get(key) and key != "name"
     ]
-    if began_data_sha256 != data_sha256:
+    if began_tokens_sha256 != tokens_sha256:
         problems.append(
-            Problem("data.path", f"its rows changed since {run} began. Bring the old file back.")
+            Problem(
+                "data.path",
+                f"its rows changed since {run} began, or the tokenizer's template did. Bring the "
+                "old files back.",
+            )
         )
     if began_processes != world_size():
         problems.append(
@@ -172,7 +176,7 @@ def _began(run: Path) -> tuple[dict[str, Any], str, int]:
     try:
         settings = _flat(yaml.safe_load((run / "settings.yaml").read_text()))
         manifest = json.loads((run / "manifest.json").read_text())
-        return settings, manifest["data"]["sha256"], manifest["processes"]
+        return settings, manifest["data"]["tokens_sha256"], manifest["processes"]
     except (OSError, ValueError, RecursionError, yaml.YAMLError, *_OF_ANOTHER_SHAPE) as error:
         raise UserError.single(
             "training.resume_from_checkpoint",

@@ -204,6 +204,22 @@ def test_a_template_writes_the_same_date_every_day(with_template):
     assert template.prompt("Hello") == "26 Jul 2024 Hello"
 
 
-def test_a_date_that_cannot_be_fixed_is_refused(with_template):
+@pytest.mark.parametrize(
+    "user", ["{{ m.content[:3] }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}"]
+)
+def test_a_template_that_leaves_text_out_is_refused(with_template, user):
+    template = with_template(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}</s>{% else %}"
+        + user
+        + "{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UnfitRowError, match=r"leaves out what the (system|user) says"):
+        template.spans(talk(0, "a long question", "b", system="system words"))
+
+
+@pytest.mark.parametrize(
+    "date", ["{% set f = '%d' %}{{ strftime_now(f) }}", "{{ (strftime_now)('%d') }}"]
+)
+def test_a_date_that_cannot_be_fixed_is_refused(with_template, date):
     with pytest.raises(UserError, match="writes today's date"):
-        with_template("{% set f = '%d' %}{{ strftime_now(f) }}{{ messages[0].content }}")
+        with_template(date + "{{ messages[0].content }}")
