@@ -1,5 +1,6 @@
 """How a command ends: 0 done, 1 our bug, 2 the user's mistake, 3 it ran and the answer is no."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -13,12 +14,16 @@ def run_command(main: Callable[[], None]) -> int:
     """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except RunFailed as error:
         print(error, file=sys.stderr)
         return 3
+    except BrokenPipeError:
+        # Whoever read the screen has seen enough; without this Python complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

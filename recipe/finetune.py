@@ -67,6 +67,7 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     arguments, trainer, log = prepared.arguments, prepared.trainer, prepared.log
     folder = _run_folder(settings, prepared.data, resumed)
     arguments.output_dir, log.file = str(folder), folder / "metrics.jsonl"
+    trainer.report_into(folder)
     run = Run(settings, arguments, prepared.data, trainer.model)
     main_process = arguments.process_index == 0
     say = _speaker(main_process=main_process)

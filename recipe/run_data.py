@@ -105,12 +105,14 @@ def left_out(data: Data) -> list[str]:
     notes = []
     if data.rows.ignored_columns:
         more = ", …" if len(data.rows.ignored_columns) > _SHOWN else ""
-        notes.append(f"columns not used: {', '.join(data.rows.ignored_columns[:_SHOWN])}{more}")
+        notes.append(
+            f"columns not used: {', '.join(name or repr(name) for name in data.rows.ignored_columns[:_SHOWN])}{more}"
+        )
     for indices, what in (
         (data.rows.empty, "dropped, answer empty"),
         (data.rows.overlap, "dropped from the held-out rows, trained on"),
         (data.train.dropped + data.held_out.dropped, "dropped, longer than max_length"),
-        (data.train.truncated + data.held_out.truncated, "cut at max_length, EOS not trained"),
+        (data.train.truncated + data.held_out.truncated, "cut at max_length, last EOS not trained"),
         (data.rows.repeated, "trained on more than once, a repetition of an earlier row"),
         (data.rows.asked_before, "held out with the prompt of a training row"),
         (data.special_in_text, "with special tokens of the tokenizer written in their text"),

@@ -27,7 +27,8 @@ _TOKENS = "tokens.safetensors"
 
 def cache_folder() -> Path:
     """``recipe/tokens`` in the Hugging Face cache, which ``HF_HOME`` moves to another disk."""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
     return Path(home).expanduser() / "recipe/tokens"
 
 
@@ -102,9 +103,9 @@ def _arrays(rows: Sequence[TokenizedRow]) -> dict[str, np.ndarray]:
 
 def _read(folder: Path, rows: Sequence[Row]) -> list[TokenizedRow] | None:
     """What ``_write`` kept; None if there is nothing whole."""
-    if not (folder / SEAL).is_file() or damage(folder):
-        return None
     try:
+        if not (folder / SEAL).is_file() or damage(folder):
+            return None
         arrays = load_file(folder / _TOKENS)
         borders = np.cumsum(arrays["lengths"])[:-1]
         ids = np.split(arrays["input_ids"], borders)

@@ -129,6 +129,8 @@ def _alpaca(reading: Reading) -> Messages:
     # Columnar files write null where a row has none.
     given = record.get("input")
     context = "" if given is None else reading.text("input", given, may_be_empty=True)
+    if not context.strip():  # as the template would put a heading over nothing
+        context = ""
     output = reading.text("output", record.get("output"), may_be_empty=True)
     return Message("user", instruction, context), Message("assistant", output)
 

@@ -76,12 +76,12 @@ def length_table(rows: Sequence[TokenizedRow], *, max_length: int) -> list[str]:
         lengths.add(step)
         step *= 2
     trained = sum(map(_trained, rows))
-    lines = [f"{'max_length':>11}{'rows longer':>18}{'drop loses':>18}{'truncate loses':>18}"]
+    lines = [f"{'max_length':>11}{'rows longer':>22}{'drop loses':>22}{'truncate loses':>22}"]
     for length in sorted(lengths):
         touched, dropped, cut = lost(rows, length)
         lines.append(
-            f"{length:>10,}{'*' if length == max_length else ' '}{_share(touched, len(rows)):>18}"
-            f"{_share(dropped, trained):>18}{_share(cut, trained):>18}"
+            f"{length:>10,}{'*' if length == max_length else ' '}{_share(touched, len(rows)):>22}"
+            f"{_share(dropped, trained):>22}{_share(cut, trained):>22}"
         )
     marked = f"* data.max_length here; the longest row has {longest:,} tokens"
     return [*lines, f"{marked}. Lost are trained tokens."]

@@ -102,6 +102,10 @@ def _without_useless(
             f"every row of {settings.path} has an empty {_answer(found['format'])}, so nothing "
             "would be trained. Correct the rows, or name another file.",
         )
+    if settings.held_out and not held_out:
+        raise UserError.single(
+            "data.held_out", f"every row has an empty {_answer(found['format'])}. Hold out others."
+        )
     if settings.held_out and not unseen:
         raise UserError.single(
             "data.held_out",

@@ -47,7 +47,7 @@ def read_records(settings: DataSettings) -> tuple[list[Any], str]:
         return _local(path)
     if is_folder:
         raise UserError.single("data.path", f"{path} is a folder. Name a file in it.")
-    if path.suffix in _READERS or path.is_absolute():
+    if path.suffix.lower() in _READERS or path.is_absolute():
         raise UserError.single(
             "data.path", f"no file {settings.path} (looked from {Path.cwd()}). Correct the path."
         )
@@ -62,7 +62,7 @@ def read_records(settings: DataSettings) -> tuple[list[Any], str]:
 
 
 def _local(path: Path) -> tuple[list[Any], str]:
-    reader = _READERS.get(path.suffix)
+    reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError.single(
             "data.path",
@@ -102,7 +102,9 @@ def _json_list(path: Path, content: bytes) -> list[Any]:
         raise UserError.single(*_broken_json(path, error)) from None
     if not isinstance(loaded, list):
         raise UserError.single(
-            str(path), f"expected a JSON list of rows, found {kind(loaded)}. Keep only the list."
+            str(path),
+            f"expected a JSON list of rows, found {kind(loaded)}. Keep only the list, or rename "
+            "the file to .jsonl if each line is a row.",
         )
     return loaded
 
@@ -193,7 +195,9 @@ def _csv(path: Path, content: bytes) -> list[Any]:
             cells = next(lines, None)
         except csv.Error as error:
             # Behind a broken quote nothing can be told apart any more.
-            message = f"not CSV: {error}. Correct the quotes of the line."
+            too_long = "field limit" in str(error)
+            what = "Split or remove the row" if too_long else "Correct the quotes of the line"
+            message = f"not CSV: {error}. {what}."
             problems.append(Problem(f"{path}:{begins}", message))
             break
         if cells is None:

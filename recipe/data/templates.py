@@ -31,6 +31,10 @@ ALPACA_WITHOUT_INPUT = (
 # A template that asks for today's date (Llama 3.2's does) would write other tokens tomorrow than
 # the adapter was trained on. It gets the date that Llama 3's templates fall back to.
 _DATE = datetime(2024, 7, 26)
+_ANOTHER = (
+    "Name a base with another one, or write one into chat_template.jinja of a local copy; rows of "
+    "one question and one answer can take data.template: alpaca."
+)
 _TODAY = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 
 
@@ -124,7 +128,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UserError.single(
                 "data.template",
-                "the tokenizer of this model has no chat template. Use data.template: alpaca.",
+                f"the tokenizer of this model has no chat template. {_ANOTHER}",
             )
         self._tokenizer = tokenizer
         try:
@@ -135,8 +139,7 @@ class ChatTemplate:
         except UnfitRowError as error:
             raise UserError.single(
                 "data.template",
-                f"the tokenizer's chat template cannot be used: {error} Use data.template: alpaca, "
-                "or correct the template of the checkpoint.",
+                f"the tokenizer's chat template cannot be used: {error} {_ANOTHER}",
             ) from error
 
     def prompt(self, instruction: str, context: str = "") -> str:
@@ -155,7 +158,7 @@ class ChatTemplate:
                 raise UnfitRowError(
                     "the tokenizer's chat template does not write prompt, answer and "
                     f"{str(self._tokenizer.eos_token)!r} in this order (turn {number}), so what to "
-                    "train on is unknown. Use data.template: alpaca, or another base."
+                    f"train on is unknown. {_ANOTHER}"
                 )
             _check_nothing_dropped(row.messages[:number], prompt)
             spans += [Span(prompt.removeprefix(written), False), Span(response, True)]
@@ -215,7 +218,7 @@ def _single_turn(row: Row, template: str) -> tuple[Message, Message]:
         more = ", …" if len(row.messages) > 4 else ""
         raise UnfitRowError(
             f"has the turns {turns}{more}; the {template} template writes one question and one "
-            "answer. Use data.template: chat."
+            "answer. Use data.template: chat, with a base whose tokenizer has a chat template."
         )
     question, answer = row.messages
     return question, answer

@@ -176,7 +176,8 @@ def _encoded(
 ) -> Iterator[tuple[Row, EncodedRow | str]]:
     """Each row as it is tokenised, or why the template cannot write it."""
     spans_of_rows: list[list[Span] | str] = []
-    texts: list[str] = []
+    prefixes: list[str] = []
+    wholes: list[str] = []
     for row in rows:
         try:
             spans = template.spans(row)
@@ -184,22 +185,27 @@ def _encoded(
             spans_of_rows.append(str(error))
             continue
         spans_of_rows.append(spans)
-        texts += accumulate(span.text for span in spans)
-    encoded: dict[str, Any] = {}
-    if texts:
-        encoded = tokenizer(
+        *before, whole = accumulate(span.text for span in spans)
+        prefixes += before
+        wholes.append(whole)
+
+    def tokenized(texts: list[str], *, offsets: bool = False) -> Any:
+        return tokenizer(
             texts,
             add_special_tokens=template.add_special_tokens,
             return_attention_mask=False,
-            return_offsets_mapping=tokenizer.is_fast,
+            return_offsets_mapping=offsets,
             verbose=False,
         )
-    taken = 0
+
+    ids_before = iter(tokenized(prefixes)["input_ids"] if prefixes else ())
+    whole_rows = tokenized(wholes, offsets=tokenizer.is_fast) if wholes else {}
+    at = 0
     for row, found in zip(rows, spans_of_rows, strict=True):
         if isinstance(found, str):
             yield row, found
             continue
-        borders = encoded["input_ids"][taken : taken + len(found)]
-        taken += len(found)
-        offsets = np.asarray(encoded["offset_mapping"][taken - 1]) if tokenizer.is_fast else None
+        borders = [*(next(ids_before) for _ in found[1:]), whole_rows["input_ids"][at]]
+        offsets = np.asarray(whole_rows["offset_mapping"][at]) if tokenizer.is_fast else None
+        at += 1
         yield row, EncodedRow(found, borders, offsets)

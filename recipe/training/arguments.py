@@ -22,8 +22,17 @@ _METRICS = ("loss", "perplexity")
 
 
 def world_size() -> int:
-    """Processes of this run, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes of this run, as the launcher says.
+
+    Raises:
+        UserError: it says no number of processes.
+    """
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) < 1:
+        raise UserError.single(
+            "WORLD_SIZE", f"{said!r} in the environment is no number of processes. Unset it."
+        )
+    return int(said)
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:

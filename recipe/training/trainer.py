@@ -7,12 +7,14 @@ change with per_device_eval_batch_size. The stock training goes on with NaN, and
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipe.data.batch import flatten
@@ -47,6 +49,14 @@ class TokenWeightedTrainer(Trainer):
         norm: torch.Tensor = super()._get_grad_norm(*args, **named)
         self._finite.grad_norm = norm
         return norm
+
+    def report_into(self, folder: Path) -> None:
+        """TensorBoard's place, which it would take only when training begins: what is evaluated
+        before, and with it all that follows, would go to a folder of its own in ``runs/``.
+        """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(folder / "tensorboard")
 
     def answers_unchanged(self, row: TokenizedRow) -> bool:
         """Whether the adapter leaves the base's logits for ``row`` as they are.
