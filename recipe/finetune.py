@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments, set_s
 
 from recipe.memory.probe import peak_memory
 from recipe.model.checkpoint import load_base
+from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
 from recipe.run_account import Run, conclusion, introduction, manifest_facts, receipt
 from recipe.run_data import Data, load_data
@@ -46,6 +47,7 @@ class _Prepared:
     data: Data
     trainer: TokenWeightedTrainer
     log: RunLog
+    base_sha256: str
     initial: tempfile.TemporaryDirectory[str] | None
 
 
@@ -65,10 +67,10 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     resumed = _checkpoint(settings)
     prepared = _prepare(settings, watchers)
     arguments, trainer, log = prepared.arguments, prepared.trainer, prepared.log
-    folder = _run_folder(settings, prepared.data, resumed)
+    folder = _run_folder(settings, prepared, resumed)
     arguments.output_dir, log.file = str(folder), folder / "metrics.jsonl"
     trainer.report_into(folder)
-    run = Run(settings, arguments, prepared.data, trainer.model)
+    run = Run(settings, arguments, prepared.data, trainer.model, prepared.base_sha256)
     main_process = arguments.process_index == 0
     say = _speaker(main_process=main_process)
     say("\n".join(introduction(run, folder)))
@@ -106,9 +108,10 @@ def check(settings: Settings) -> None:
     prepared = _prepare(settings.model_copy(update={"training": silent}), ())
     arguments, trainer, data = prepared.arguments, prepared.trainer, prepared.data
     if resumed:
-        check_same_run(settings, data.tokens_sha256, resumed.parent)
+        _check_same_run(settings, prepared, resumed.parent)
     say = _speaker(main_process=arguments.process_index == 0)
-    say("\n".join(introduction(Run(settings, arguments, data, trainer.model), None)))
+    run = Run(settings, arguments, data, trainer.model, prepared.base_sha256)
+    say("\n".join(introduction(run, None)))
     if resumed:
         say(f"resume    from {resumed}, which is whole")
     else:
@@ -127,8 +130,10 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
     arguments = training_arguments(settings)
     data = load_data(settings)
     set_seed(arguments.seed)  # before the adapter is drawn, not when the Trainer starts
+    base = load_base(settings.model)
+    base_sha256 = weights_sha256(base)  # before PiSSA or OLoRA change it
     model = add_lora(
-        load_base(settings.model),
+        base,
         settings.lora,
         mixed_precision=arguments.fp16 or arguments.bf16,
     )
@@ -139,7 +144,7 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
     trainer = build_trainer(
         model, arguments, data.train.rows, data.held_out.rows, loss=loss, callbacks=callbacks
     )
-    return _Prepared(arguments, data, trainer, log, initial)
+    return _Prepared(arguments, data, trainer, log, base_sha256, initial)
 
 
 def _speaker(*, main_process: bool) -> Callable[[str], None]:
@@ -156,11 +161,16 @@ def _checkpoint(settings: Settings) -> Path | None:
     return find_checkpoint(asked, best_needed=best) if asked else None
 
 
-def _run_folder(settings: Settings, data: Data, resumed: Path | None) -> Path:
+def _run_folder(settings: Settings, prepared: _Prepared, resumed: Path | None) -> Path:
     if resumed is None:
         return make_run_folder(settings)
-    check_same_run(settings, data.tokens_sha256, resumed.parent)
+    _check_same_run(settings, prepared, resumed.parent)
     return resumed.parent
+
+
+def _check_same_run(settings: Settings, prepared: _Prepared, run: Path) -> None:
+    tokens = prepared.data.tokens_sha256
+    check_same_run(settings, run, tokens_sha256=tokens, base_sha256=prepared.base_sha256)
 
 
 def _take_up(trainer: TokenWeightedTrainer, log: RunLog, resumed: Path) -> float | None:

@@ -27,6 +27,7 @@ class Run:
     arguments: TrainingArguments
     data: Data
     model: PeftModel
+    base_sha256: str
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -94,6 +95,7 @@ def manifest_facts(run: Run) -> dict[str, Any]:
     return {
         "device": device_name(run.arguments),
         "base": run.settings.model.name_or_path,
+        "base_sha256": run.base_sha256,
         "dtypes": run.dtypes,
         "parameters": {
             "base": total_parameters(run.model),

@@ -105,9 +105,8 @@ def left_out(data: Data) -> list[str]:
     notes = []
     if data.rows.ignored_columns:
         more = ", …" if len(data.rows.ignored_columns) > _SHOWN else ""
-        notes.append(
-            f"columns not used: {', '.join(name or repr(name) for name in data.rows.ignored_columns[:_SHOWN])}{more}"
-        )
+        shown = ", ".join(name or repr(name) for name in data.rows.ignored_columns[:_SHOWN])
+        notes.append(f"columns not used: {shown}{more}")
     for indices, what in (
         (data.rows.empty, "dropped, answer empty"),
         (data.rows.overlap, "dropped from the held-out rows, trained on"),

@@ -5,6 +5,7 @@ Each reader turns a record into the messages of a ``Row``, or says field by fiel
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from recipe.data.sources import MAX_CHARACTERS, RepeatedKey, kind
@@ -110,8 +111,11 @@ def _with_its_column(one: Format, columns: set[str], records: Sequence[Any]) -> 
         return one
     if not _has_roles(records):
         return one
-    column = "conversations" + (" with from and value" if one.name == "sharegpt" else "")
-    return replace(one, needs=frozenset([column]))
+    if one.name == "sharegpt":
+        return replace(one, needs=frozenset(["conversations with from and value"]))
+    return replace(
+        one, needs=frozenset(["conversations"]), read=partial(_chat, column="conversations")
+    )
 
 
 def _has_roles(records: Sequence[Any]) -> bool:
@@ -151,8 +155,7 @@ _SHAREGPT_ROLES = {
 _ROLES = {name: name for name in ("system", "user", "assistant")}
 
 
-def _chat(reading: Reading) -> Messages:
-    column = "messages" if "messages" in reading.record else "conversations"
+def _chat(reading: Reading, column: str = "messages") -> Messages:
     turns = _turns(reading, column, role="role", content="content", roles=_ROLES)
     return _in_order(reading, column, turns)
 

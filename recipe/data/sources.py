@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ class RepeatedKey(dict[str, Any]):
     """A JSON object in which ``key`` stands twice; json itself keeps the last value silently."""
 
     key = ""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a value in a Parquet file that Python cannot hold, and says why."""
+
+    reason: str
 
 
 def read_records(settings: DataSettings) -> tuple[list[Any], str]:
@@ -166,6 +174,8 @@ def kind(value: object) -> str:
         return "text"
     if isinstance(value, bytes):
         return "binary data"
+    if isinstance(value, Unreadable):
+        return f"what cannot be read ({value.reason})"
     return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
 
 
@@ -229,7 +239,8 @@ def _parquet(path: Path, content: bytes) -> list[Any]:
     from pyarrow import parquet
 
     try:
-        records: list[Any] = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+        table = parquet.read_table(pyarrow.BufferReader(content))
+        columns = {name: _values(table[at]) for at, name in enumerate(table.column_names)}
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
         reason = (
             str(error).strip().split("\n")[0].rstrip(".").replace("'<Buffer>'", repr(path.name))
@@ -237,7 +248,25 @@ def _parquet(path: Path, content: bytes) -> list[Any]:
         raise UserError.single(
             str(path), f"not readable as Parquet: {reason}. Write the file again."
         ) from error
-    return records
+    names = tuple(columns)
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of an Arrow column. One that nobody needs may hold what Python cannot, such as
+    dates beyond the year 9999.
+    """
+    try:
+        return list(column.to_pylist())
+    except (ValueError, OverflowError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError) as error:
+        return Unreadable(str(error))
 
 
 def _from_hub(settings: DataSettings) -> tuple[list[Any], str]:

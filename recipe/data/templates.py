@@ -32,7 +32,7 @@ ALPACA_WITHOUT_INPUT = (
 # the adapter was trained on. It gets the date that Llama 3's templates fall back to.
 _DATE = datetime(2024, 7, 26)
 _ANOTHER = (
-    "Name a base with another one, or write one into chat_template.jinja of a local copy; rows of "
+    "Name a base with a usable one, or write one into chat_template.jinja of a local copy; rows of "
     "one question and one answer can take data.template: alpaca."
 )
 _TODAY = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")

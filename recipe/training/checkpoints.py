@@ -131,13 +131,16 @@ def _unlike_a_state(folder: Path, *, best_needed: bool) -> list[str]:
     return []
 
 
-def check_same_run(settings: Settings, tokens_sha256: str, run: Path) -> None:
-    """A run continues with the settings and the data it began with, or not at all.
+def check_same_run(settings: Settings, run: Path, *, tokens_sha256: str, base_sha256: str) -> None:
+    """A run continues with the settings, the data and the base it began with, or not at all.
+
+    Args:
+        base_sha256: see ``recipe.model.fingerprint``.
 
     Raises:
         UserError: naming each difference.
     """
-    began, began_tokens_sha256, began_processes = _began(run)
+    began, began_tokens_sha256, began_base_sha256, began_processes = _began(run)
     now = _flat(yaml.safe_load(dump(settings)))
     problems = [
         Problem(
@@ -152,6 +155,14 @@ def check_same_run(settings: Settings, tokens_sha256: str, run: Path) -> None:
                 "data.path",
                 f"its rows changed since {run} began, or the tokenizer's template did. Bring the "
                 "old files back.",
+            )
+        )
+    if began_base_sha256 != base_sha256:
+        problems.append(
+            Problem(
+                "model.name_or_path",
+                f"its weights are others than {run} began with. Bring the old ones back; for a hub "
+                "id, name their model.revision.",
             )
         )
     if began_processes != world_size():
@@ -171,12 +182,13 @@ def check_same_run(settings: Settings, tokens_sha256: str, run: Path) -> None:
         raise UserError(problems)
 
 
-def _began(run: Path) -> tuple[dict[str, Any], str, int]:
-    """What ``run`` wrote at its start: settings, flat; the data's hash; how many processes."""
+def _began(run: Path) -> tuple[dict[str, Any], str, str, int]:
+    """What ``run`` wrote at its start: settings, flat; hashes of tokens and base; processes."""
     try:
         settings = _flat(yaml.safe_load((run / "settings.yaml").read_text()))
         manifest = json.loads((run / "manifest.json").read_text())
-        return settings, manifest["data"]["tokens_sha256"], manifest["processes"]
+        tokens_sha256 = manifest["data"]["tokens_sha256"]
+        return settings, tokens_sha256, manifest["base_sha256"], manifest["processes"]
     except (OSError, ValueError, RecursionError, yaml.YAMLError, *_OF_ANOTHER_SHAPE) as error:
         raise UserError.single(
             "training.resume_from_checkpoint",

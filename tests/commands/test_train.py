@@ -73,8 +73,24 @@ def test_show_data_prints_rows_and_table_and_writes_nothing(write_config, tmp_pa
     assert screen.count("  EOS      </s>") == 2
     assert "messages rows, chat template" in screen
     assert "1 row trained on more than once" in screen
-    assert "max_length       rows longer        drop loses    truncate loses" in screen
+    assert "max_length           rows longer" in screen
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_the_first_of_several_processes_shows_rows(write_config, capsys, monkeypatch):
+    config = str(write_config())
+    for rank, shown in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert in_process("--config", config, "--show-data", "2") == 0
+        assert ("max_length" in capsys.readouterr().out) == shown
+
+
+def test_a_reader_that_leaves_early_is_no_error(write_config):
+    config = write_config()
+    show = f"{sys.executable} recipe/train.py --config {config} --show-data 12"
+    result = command("bash", "-c", f"{show} | true; echo ${{PIPESTATUS[0]}}")
+    assert result.stdout == "0\n"
+    assert result.stderr == ""
 
 
 def test_check_stops_before_the_first_step_and_writes_nothing(

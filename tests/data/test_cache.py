@@ -141,6 +141,22 @@ def test_broken_rows_are_told_each_time_and_nothing_is_kept(tokenizer, home):
     assert not list(home.glob("*/"))
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"HF_HOME": "h", "XDG_CACHE_HOME": "x"}, "h/recipe/tokens"),
+        ({"XDG_CACHE_HOME": "x"}, "x/huggingface/recipe/tokens"),
+        ({"HF_HOME": "", "XDG_CACHE_HOME": ""}, "~/.cache/huggingface/recipe/tokens"),
+    ],
+)
+def test_the_cache_lies_where_the_hub_client_keeps_its_own(monkeypatch, environment, expected):
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cache.cache_folder() == Path(expected).expanduser()
+
+
 def test_a_place_that_cannot_be_written_is_said(tokenizer, tokenised, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))

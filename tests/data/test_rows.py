@@ -31,6 +31,19 @@ def test_input_may_be_absent(write_rows):
     assert rows.train == null.train == [one_turn(0, "Name a fruit.", "", "Apple")]
 
 
+def test_an_input_of_spaces_is_none(write_rows):
+    (row,) = read(write_rows([{**GOOD, "input": " \n"}])).train
+    assert row == one_turn(0, "Name a fruit.", "", "Apple")
+
+
+def test_of_two_columns_of_turns_one_is_used_and_the_other_named(write_rows):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = read(write_rows([{"messages": turns, "conversations": turns}]), format="messages")
+    assert rows.ignored_columns == ["conversations"]
+    with pytest.raises(UserError, match="row 1: messages: expected a list of turns, found nothing"):
+        read(write_rows([{"messages": turns}, {"conversations": turns}]), format="messages")
+
+
 def test_empty_outputs_are_dropped_and_named(write_rows):
     rows = read(write_rows([GOOD, {**GOOD, "output": " \n"}, GOOD]))
     assert [row.index for row in rows.train] == [0, 2]

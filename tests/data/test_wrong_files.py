@@ -3,12 +3,13 @@
 import json
 import shutil
 
+import pyarrow
 import pytest
 
 from recipe.data.cache import cache_folder
 from recipe.data.rows import read_rows
 from recipe.settings import DataSettings
-from tests.data.wrong_files import ROW, lines, rows
+from tests.data.wrong_files import ROW, columns, lines, rows
 from tests.data.wrong_rows import ASSISTANT, CASES, USER
 from tests.refusal import refused
 
@@ -53,7 +54,9 @@ def test_a_tokenizer_without_chat_template(refuse, tiny_checkpoint, tmp_path):
     (base / "chat_template.jinja").unlink()
     content = lines({"messages": [USER, ASSISTANT]})
     (line,) = refuse("d.jsonl", content, model={"name_or_path": str(base)})
-    assert line.startswith("data.template: the tokenizer of this model has no chat template. Use")
+    assert line.startswith(
+        "data.template: the tokenizer of this model has no chat template. Name a"
+    )
 
 
 RIGHT = {
@@ -66,6 +69,11 @@ RIGHT = {
     ),
     "a sheet's byte order mark": ("d.csv", b"\xef\xbb\xbfinstruction,output\r\na,b\r\n"),
     "line end in a cell": ("d.csv", b'instruction,output\n"a\nb",c\n'),
+    "capitals in the ending": ("d.JSON", rows(ROW)),
+    "a date beyond the calendar that nobody needs": (
+        "d.parquet",
+        columns(instruction=["a"], output=["b"], at=pyarrow.array([2**30], pyarrow.date32())),
+    ),
 }
 
 

@@ -57,6 +57,9 @@ def not_utf8() -> Any:
 
 
 JSON = {
+    "JSON lines under the name of a list": Wrong(
+        "d.JSON", rows(ROW)[1:-1], "d.JSON", ("found an object", "rename the file to .jsonl")
+    ),
     "no JSON": Wrong("d.json", b"[{]", "d.json:1", ("not JSON", "column 3", "Correct the line.")),
     "broken on line 3": Wrong(
         "d.json",
@@ -225,14 +228,14 @@ PARQUET = {
     "text that is no UTF-8": Wrong(
         "d.parquet",
         lambda: columns(instruction=["a"], output=not_utf8()),
-        "d.parquet",
-        ("not readable as Parquet", "byte 0xff"),
+        "d.parquet: row 0: output",
+        ("found what cannot be read", "byte 0xff", "Correct or remove the row."),
     ),
     "date beyond the calendar": Wrong(
         "d.parquet",
         lambda: columns(instruction=["a"], output=pyarrow.array([2**30], pyarrow.date32())),
-        "d.parquet",
-        ("not readable as Parquet",),
+        "d.parquet: row 0: output",
+        ("found what cannot be read (", "magnitude"),
     ),
     "no rows": Wrong(
         "d.parquet", lambda: columns(instruction=[], output=[]), "data.path", ("holds no rows",)

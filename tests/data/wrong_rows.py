@@ -105,6 +105,13 @@ ROWS = {
         ("all 2 rows", "training rows too", "Hold out other rows."),
         data={"rows": "0:1", "held_out": "1:3"},
     ),
+    "held-out rows without an answer": Wrong(
+        "d.jsonl",
+        lines(ROW, {**ROW, "output": " "}, {**ROW, "output": ""}),
+        "data.held_out",
+        ("every row has an empty output", "Hold out others."),
+        data={"rows": "0:1", "held_out": "1:3"},
+    ),
     "held-out row broken": Wrong(
         "d.json",
         rows(ROW, {**ROW, "output": 1}),
@@ -265,14 +272,18 @@ TEMPLATES = {
         "d.jsonl",
         lines({"messages": [USER, ASSISTANT, USER, ASSISTANT]}),
         "d.jsonl: row 0",
-        ("has the turns user, assistant, user, assistant", "Use data.template: chat."),
+        ("has the turns user, assistant, user, assistant", "Use data.template: chat, with"),
         data={"template": "alpaca"},
     ),
     "raw for a system turn": Wrong(
         "d.jsonl",
         lines({"messages": [SYSTEM, USER, ASSISTANT]}),
         "d.jsonl: row 0",
-        ("has the turns system, user, assistant", "the raw template", "Use data.template: chat."),
+        (
+            "has the turns system, user, assistant",
+            "the raw template",
+            "Use data.template: chat, with",
+        ),
         data={"template": "raw"},
     ),
 }

@@ -1,7 +1,5 @@
 """What is not finite ends the run with exit 3, names itself and is never saved."""
 
-import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,116 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from recipe import finetune as finetune_module
 from recipe.exit_codes import run_command
-from recipe.settings import RunFailed, load_settings
+from recipe.settings import RunFailed
 from recipe.training.finite import in_words
+from tests.training.harm import (
+    INF,
+    NAN,
+    TRAINING,
+    At,
+    adapter_becomes,
+    forget_a_token,
+    gradients_times,
+    saved_steps,
+    token_of,
+)
 
 REPOSITORY = Path(__file__).parents[2]
-NAN, INF = math.nan, math.inf
-# 12 rows in their order, 2 × 2 a step: 3 steps an epoch. Nothing is logged before the end, so only
-# the look at each step can find what is wrong.
-TRAINING = {
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "train_sampling_strategy": "sequential",
-    "logging_steps": 500,
-    "save_strategy": "steps",
-    "save_steps": 1,
-}
-
-
-class At(TrainerCallback):
-    """Does ``harm`` to the model at an event of the Trainer, when ``step`` steps were taken."""
-
-    def __init__(self, event, step, harm):
-        def call(args, state, control, model=None, **_):
-            if state.global_step == step:
-                harm(model)
-
-        setattr(self, event, call)
-
-
-def adapter(model):
-    return next(p for name, p in model.named_parameters() if "lora_B" in name)
-
-
-def token_of(row, rows):
-    """A token that no other row has."""
-    tokens = [set(r.input_ids.tolist()) for r in rows]
-    return min(tokens[row].difference(*tokens[:row], *tokens[row + 1 :]))
-
-
-def forget_a_token(model):
-    """Makes the embedding NaN of a token of row 5, in the first micro-batch of step 2."""
-    model.get_input_embeddings().weight.data[token_of(5, model.rows)] = NAN
-
-
-def gradients_times(factor):
-    """Multiplies gradients on their way to the adapter, from now on."""
-
-    def harm(model):
-        adapter(model).register_hook(lambda gradient: gradient * factor)
-
-    return harm
-
-
-def adapter_becomes(value):
-    def harm(model):
-        adapter(model).data[0, 0] = value
-
-    return harm
-
-
-@pytest.fixture
-def trainer(monkeypatch):
-    """What the run's Trainer is, once it was built; the model knows its rows."""
-    kept = {}
-    build = finetune_module.build_trainer
-
-    def build_and_keep(model, arguments, train, *rest, **named):
-        model.rows = train
-        kept["trainer"] = build(model, arguments, train, *rest, **named)
-        return kept["trainer"]
-
-    monkeypatch.setattr(finetune_module, "build_trainer", build_and_keep)
-    return lambda: kept["trainer"]
-
-
-@pytest.fixture
-def run(write_config, trainer):
-    def run(*watchers, overrides=(), **sections):
-        training = {**TRAINING, **sections.pop("training", {})}
-        config = write_config(training=training, **sections)
-        return finetune_module.finetune(load_settings(str(config), overrides), watchers=watchers)
-
-    return run
-
-
-def saved_steps(folder):
-    """The steps of the checkpoints, all whole and finite; no adapter, nothing but numbers."""
-    checkpoints = sorted(folder.glob("checkpoint-*"))
-    for checkpoint in checkpoints:
-        weights = load_file(checkpoint / "adapter_model.safetensors")
-        assert all(tensor.isfinite().all() for tensor in weights.values())
-        assert (checkpoint / "sha256.json").is_file()
-    assert not (folder / "adapter").exists()
-    for text in folder.rglob("*.json*"):
-        assert not {"NaN", "Infinity"} & set(text.read_text().replace(",", " ").split())
-    return [int(checkpoint.name.removeprefix("checkpoint-")) for checkpoint in checkpoints]
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def notes(folder):
-    return [(r["step"], r["note"]) for r in records(folder) if "note" in r]
-
-
 HARMS = {
     "loss of one micro-batch": (
         At("on_step_begin", 1, forget_a_token),
@@ -279,104 +186,6 @@ def test_an_fp16_scaler_may_skip_only_what_its_scale_overflowed(
     checkpoints = (tmp_path / "run").glob("checkpoint-*")
     assert sorted(int(c.name.removeprefix("checkpoint-")) for c in checkpoints) == steps
     assert not (tmp_path / "run/adapter").exists()
-
-
-class Kwargs(TrainerCallback):
-    """Keeps the names that the model's forward is called with."""
-
-    names: frozenset = frozenset()
-
-    def on_train_begin(self, args, state, control, model=None, **_):
-        def keep(module, arguments, named):
-            self.names |= named.keys()
-
-        model.register_forward_pre_hook(keep, with_kwargs=True)
-
-
-def test_a_sound_run_warns_of_nothing_and_the_model_sees_no_indices(run, trainer, capsys):
-    kwargs = Kwargs()
-    data = {"rows": "0:8", "held_out": "8:12"}
-    folder = run(kwargs, data=data, training={"eval_strategy": "epoch", "warmup_steps": 2})
-    assert "warning" not in capsys.readouterr().out
-    assert notes(folder) == []
-    assert "row_lengths" in kwargs.names
-    assert "row_indices" not in kwargs.names
-    assert not trainer().answers_unchanged(trainer().train_dataset[0])
-
-
-@pytest.mark.parametrize(
-    ("sections", "expected"),
-    [
-        # Far from the base after one step, and the loss grows without bound.
-        (
-            {"lora": {"target_modules": ["o_proj", "lm_head"]}, "training": {"learning_rate": 1e6}},
-            [(1, "grown"), (2, "exploded")],
-        ),
-        ({"training": {"learning_rate": 1e6}}, [(1, "grown")]),
-        # Attention saturates, and no gradient comes back.
-        ({"training": {"learning_rate": 1e30}}, [(1, "grown"), (2, "frozen")]),
-    ],
-)
-def test_a_learning_rate_that_destroys_the_adapter_is_said_once(run, capsys, sections, expected):
-    folder = run(**sections)
-    assert notes(folder) == expected
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert len(lines) == len(expected)
-    rate = sections["training"]["learning_rate"]
-    assert all(f"Lower training.learning_rate (now {rate:g})." in line for line in lines)
-    assert [f"warning   {r['line']}" for r in records(folder) if "note" in r] == lines
-
-
-@pytest.mark.parametrize("step", [1, 2])
-def test_a_resumed_run_has_noted_what_the_whole_one_did(run, tmp_path, step):
-    def stop(model):
-        raise RuntimeError("power cut")
-
-    training = {"learning_rate": 1e6, "num_train_epochs": 1}
-    lora = {"target_modules": ["o_proj", "lm_head"]}
-    outputs = [f"training.output_dir={tmp_path / name}" for name in ("whole", "stopped")]
-    whole = run(lora=lora, training=training, overrides=outputs[:1])
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(At("on_substep_end", step, stop), lora=lora, training=training, overrides=outputs[1:])
-    resume = f"training.resume_from_checkpoint={tmp_path / 'stopped'}"
-    resumed = run(lora=lora, training=training, overrides=[*outputs[1:], resume])
-    assert notes(resumed) == notes(whole) == [(1, "grown"), (2, "exploded")]
-    lines = [[r["line"] for r in records(f) if "note" in r] for f in (resumed, whole)]
-    assert lines[0] == lines[1]
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"training": {"learning_rate": 1e-12}},
-        {"training": {"learning_rate": 1e-12, "warmup_steps": 2}},
-        {"training": {"learning_rate": 1e-12, "bf16": True}},
-        {"training": {"learning_rate": 1e-12}, "lora": {"lora_dropout": 0.5}},
-    ],
-)
-def test_an_adapter_too_small_to_matter_leaves_the_answers_unchanged(run, trainer, sections):
-    folder = run(**sections)
-    assert [kind for _, kind in notes(folder)] == ["unchanged"]
-    model, row = trainer().model, trainer().train_dataset[0]
-    model.train()
-    model.get_base_model().model.norm.eval()
-    modes = [module.training for module in model.modules()]
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    random = torch.get_rng_state()
-    assert trainer().answers_unchanged(row)
-    assert [module.training for module in model.modules()] == modes
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
-    assert torch.equal(torch.get_rng_state(), random)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    assert not trainer().answers_unchanged(row)  # it is switched on again
-
-
-@pytest.mark.parametrize("lora", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
-def test_an_adapter_that_took_its_start_out_of_the_base_always_matters(run, trainer, lora):
-    run(lora=lora)
-    assert not trainer().answers_unchanged(trainer().train_dataset[0])
 
 
 def test_rows_in_words():

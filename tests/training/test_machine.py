@@ -15,6 +15,8 @@ from recipe.training.machine import check_machine
         ({"ACCELERATE_USE_FSDP": "true"}, [], "asks for FSDP"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, [], r"asks for dynamo \(inductor\)"),
         ({"WORLD_SIZE": "2"}, ["training.use_cpu=false"], "would each train alone"),
+        ({"WORLD_SIZE": "abc"}, [], "WORLD_SIZE: 'abc' in the environment is no number of proc"),
+        ({"WORLD_SIZE": "0"}, [], "WORLD_SIZE: '0' in the environment"),
     ],
 )
 def test_a_launch_that_is_not_what_was_asked(

@@ -1,8 +1,10 @@
 """Stopped and resumed is the same run, to the last bit; anything else is refused."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from recipe.finetune import finetune
@@ -144,6 +146,23 @@ def test_another_run_is_not_continued(config, tmp_path, write_rows):
     file.write_text(file.read_text().replace("Apple", "Pear"))
     with pytest.raises(UserError, match="its rows changed"):
         run(config, resume)
+
+
+@pytest.mark.parametrize("overrides", [[], ["lora.init_lora_weights=pissa"]])
+def test_a_run_does_not_go_on_with_other_weights(config, tmp_path, tiny_checkpoint, overrides):
+    base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    overrides = [*overrides, f"model.name_or_path={base}"]
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, *overrides, watchers=[StopAt(1)])
+    resume = f"training.resume_from_checkpoint={tmp_path / 'run'}"
+    kept = (base / "model.safetensors").read_bytes()
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] *= 1 + 2**-20
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"its weights are others than .* began with"):
+        run(config, *overrides, resume)
+    (base / "model.safetensors").write_bytes(kept)
+    assert run(config, *overrides, resume) == tmp_path / "run"
 
 
 def test_a_finished_run_is_not_resumed(config):

@@ -8,6 +8,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from recipe.data.rows import read_rows
@@ -191,9 +192,15 @@ def test_the_first_llama_2_generation_config_is_said_and_does_no_harm(write_conf
     assert "saved " in screen
 
 
-def test_tensorboard_if_asked(write_config):
-    folder = run(write_config(), "training.report_to=tensorboard", "training.max_steps=1")
-    assert list(folder.rglob("events.out.tfevents.*"))
+def test_tensorboard_if_asked(write_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_config(data={"rows": "0:8", "held_out": "8:12"})
+    folder = run(config, "training.report_to=tensorboard", "training.max_steps=1")
+    events = tmp_path.rglob("events.out.tfevents.*")
+    assert {file.parent for file in events} == {folder / "tensorboard"}
+    reader = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert len(reader.Scalars("eval/perplexity")) == 2
+    assert reader.Scalars("train/loss")
 
 
 @pytest.mark.parametrize(
