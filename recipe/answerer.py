@@ -4,17 +4,23 @@ Kept apart from ``generate.py`` because commands do not import commands, and wha
 models answers with them too.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from recipe.data.formats import Message
+from recipe.data.prompts import Prompt, Shot, prompt_text
 from recipe.data.templates import Template, build_template
-from recipe.decoding.greedy import answer
+from recipe.decoding.decode import Decoder, Encoded
+from recipe.decoding.stopping import Interruption
 from recipe.model.checkpoint import load_base, load_tokenizer
-from recipe.settings import ModelSettings, UserError
+from recipe.settings import GenerationSettings, ModelSettings, UserError
 from recipe.sharing.adapter_folder import load_adapter, newest_adapter, read_receipt
 
 STARTER = "models/smollm2-135m-instruct"
@@ -24,26 +30,50 @@ _ATTENTION = "sdpa"
 
 @dataclass(frozen=True)
 class Answerer:
-    """Holds what answers; ``described`` names it for the screen."""
+    """Holds what answers; ``described`` names it for the screen, ``name`` for a table."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     template: Template
     described: str
+    name: str
 
-    def answer(
-        self, prompt: str, context: str = "", *, max_new_tokens: int, stream: bool
-    ) -> tuple[str, str]:
-        """See ``recipe.decoding.greedy.answer``."""
-        return answer(
-            self.model,
-            self.tokenizer,
-            self.template,
-            prompt,
-            context,
-            max_new_tokens=max_new_tokens,
-            stream=stream,
-        )
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        shots: Sequence[Shot] = (),
+        before: Sequence[Message] = (),
+    ) -> list[Encoded]:
+        """The prompts in the template, behind the shots and the turns so far, as token ids.
+
+        Raises:
+            UserError: the template cannot write them.
+        """
+        texts = [prompt_text(self.template, one, shots=shots, before=before) for one in prompts]
+        ids = self.tokenizer(
+            texts, add_special_tokens=self.template.add_special_tokens, return_attention_mask=False
+        )["input_ids"]
+        return [Encoded(one.index, row) for one, row in zip(prompts, ids, strict=True)]
+
+    def decoder(
+        self,
+        settings: GenerationSettings,
+        *,
+        assistant: Any = None,
+        interruption: Interruption | None = None,
+    ) -> Decoder:
+        """What turns encoded prompts into answers, by one strategy."""
+        plain = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        interruption = interruption or Interruption()
+        return Decoder(plain, self.tokenizer, settings, assistant, interruption)
+
+    @contextmanager
+    def as_base(self) -> Iterator["Answerer"]:
+        """The same model without its adapter, in the same template, while the block runs."""
+        described = f"the base alone, {self.template.name} template"
+        with self.model.disable_adapter():
+            yield Answerer(self.model, self.tokenizer, self.template, described, "base")
 
 
 def load_answerer(
@@ -54,7 +84,8 @@ def load_answerer(
     Args:
         adapter: its folder; ``none`` for the base; None for the newest under ``runs``.
         model: with ``none``, the base; None for that of the newest adapter, else the starter.
-        template: with ``none``; None for the tokenizer's chat template, or raw text without one.
+        template: None for the adapter's own; with ``none``, for the tokenizer's chat template, or
+            raw text without one.
 
     Raises:
         UserError: nothing is there, or a file of the adapter changed.
@@ -66,9 +97,26 @@ def load_answerer(
     settings = _settings(receipt["base"])
     tokenizer = load_tokenizer(settings)
     tuned = load_adapter(load_base(settings), folder).eval()
-    template_of_run = build_template(receipt["template"], tokenizer)
-    described = f"{folder} on {settings.name_or_path}, {template_of_run.name} template, greedy"
-    return Answerer(_on_device(tuned), tokenizer, template_of_run, described)
+    chosen = build_template(template or receipt["template"], tokenizer)
+    other = f" (trained with {receipt['template']})" if chosen.name != receipt["template"] else ""
+    described = f"{folder} on {settings.name_or_path}, {chosen.name} template{other}"
+    return Answerer(_on_device(tuned), tokenizer, chosen, described, "adapter")
+
+
+def load_assistant(path: str, answerer: Answerer) -> Any:
+    """The draft model for assisted generation.
+
+    Raises:
+        UserError: it cannot be loaded, or reads other tokens than the model it drafts for.
+    """
+    settings = _settings({"name_or_path": path})
+    if load_tokenizer(settings).get_vocab() != answerer.tokenizer.get_vocab():
+        raise UserError.single(
+            "assistant_model",
+            f"{path} reads other tokens than {answerer.described}. Name a smaller model of the "
+            "same family.",
+        )
+    return _on_device(load_base(settings).eval())
 
 
 def _adapter_folder(named: Path) -> Path:
@@ -80,8 +128,8 @@ def _base_alone(settings: ModelSettings, template: str | None) -> Answerer:
     tokenizer = load_tokenizer(settings)
     base = load_base(settings).eval()
     chosen = build_template(template or ("chat" if tokenizer.chat_template else "raw"), tokenizer)
-    described = f"{settings.name_or_path} without adapter, {chosen.name} template, greedy"
-    return Answerer(_on_device(base), tokenizer, chosen, described)
+    described = f"{settings.name_or_path} without adapter, {chosen.name} template"
+    return Answerer(_on_device(base), tokenizer, chosen, described, "base")
 
 
 def _base_settings(model: str | None, runs: Path) -> ModelSettings:

@@ -52,7 +52,7 @@ def read_records(settings: DataSettings) -> tuple[list[Any], str]:
                 "data.split",
                 f"{settings.split} is of a hub data set, but {path} is a file. Leave it out.",
             )
-        return _local(path)
+        return read_file(path)
     if is_folder:
         raise UserError.single("data.path", f"{path} is a folder. Name a file in it.")
     if path.suffix.lower() in _READERS or path.is_absolute():
@@ -69,18 +69,26 @@ def read_records(settings: DataSettings) -> tuple[list[Any], str]:
     return _from_hub(settings)
 
 
-def _local(path: Path) -> tuple[list[Any], str]:
+def read_file(path: Path, *, where: str = "data.path") -> tuple[list[Any], str]:
+    """Return the records of a local file and the sha256 of its bytes.
+
+    Args:
+        where: what named the file, for the message.
+
+    Raises:
+        UserError: as ``read_records``.
+    """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError.single(
-            "data.path",
+            where,
             f"{path} is none of {', '.join(_READERS)}. Convert it, or give it its right ending.",
         )
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError.single(
-            "data.path", f"{path} cannot be read: {error.strerror}. Name another file."
+            where, f"{path} cannot be read: {error.strerror}. Name another file."
         ) from error
     if not content.strip():
         raise UserError.single(str(path), "the file is empty, expected rows. Name another file.")

@@ -65,8 +65,17 @@ class Template(Protocol):
     @property
     def source(self) -> str: ...
 
-    def prompt(self, instruction: str, context: str = "") -> str:
-        """What the model reads before it answers."""
+    @property
+    def writes_turns(self) -> bool:
+        """Whether ``before`` may hold turns."""
+        ...
+
+    def prompt(self, instruction: str, context: str = "", before: Sequence[Message] = ()) -> str:
+        """What the model reads before it answers; ``before`` are the turns so far.
+
+        Raises:
+            UnfitRowError: this template cannot write such turns.
+        """
         ...
 
     def spans(self, row: Row) -> list[Span]:
@@ -86,8 +95,10 @@ class RawTemplate:
     name: str = "raw"
     add_special_tokens: bool = True
     source: str = ""
+    writes_turns: bool = False
 
-    def prompt(self, instruction: str, context: str = "") -> str:
+    def prompt(self, instruction: str, context: str = "", before: Sequence[Message] = ()) -> str:
+        _check_no_turns(before, self.name)
         return f"{instruction}\n\n{context}" if context else instruction
 
     def spans(self, row: Row) -> list[Span]:
@@ -105,7 +116,8 @@ class AlpacaTemplate(RawTemplate):
     name: str = "alpaca"
     source: str = ALPACA_WITH_INPUT + ALPACA_WITHOUT_INPUT
 
-    def prompt(self, instruction: str, context: str = "") -> str:
+    def prompt(self, instruction: str, context: str = "", before: Sequence[Message] = ()) -> str:
+        _check_no_turns(before, self.name)
         if context:
             return ALPACA_WITH_INPUT.format(instruction=instruction, input=context)
         return ALPACA_WITHOUT_INPUT.format(instruction=instruction)
@@ -123,6 +135,7 @@ class ChatTemplate:
 
     name = "chat"
     add_special_tokens = False  # the template writes the BOS itself
+    writes_turns = True
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if not tokenizer.chat_template:
@@ -142,8 +155,9 @@ class ChatTemplate:
                 f"the tokenizer's chat template cannot be used: {error} {_ANOTHER}",
             ) from error
 
-    def prompt(self, instruction: str, context: str = "") -> str:
-        return self._render([Message("user", instruction, context)], add_generation_prompt=True)
+    def prompt(self, instruction: str, context: str = "", before: Sequence[Message] = ()) -> str:
+        turns = [*before, Message("user", instruction, context)]
+        return self._render(turns, add_generation_prompt=True)
 
     def spans(self, row: Row) -> list[Span]:
         whole = self._render(row.messages)
@@ -202,6 +216,11 @@ def _check_nothing_dropped(messages: Sequence[Message], prompt: str) -> None:
                     f"{number}). Remove that turn, or use another base."
                 )
             at = found + len(text)
+
+
+def _check_no_turns(before: Sequence[Message], template: str) -> None:
+    if before:
+        raise UnfitRowError(f"the {template} template writes no earlier turns.")
 
 
 def _that_day(call: re.Match[str]) -> str:

@@ -4,6 +4,13 @@ Imports no library that it validates against: a mistake is told in a fraction of
 """
 
 from recipe.settings.dump import dump
+from recipe.settings.generation import (
+    STRATEGIES,
+    GenerationSettings,
+    generation_keys,
+    generation_settings,
+)
+from recipe.settings.lab import load_lab
 from recipe.settings.load import find_config, load_settings
 from recipe.settings.option import Absent, Option
 from recipe.settings.problem import Problem, RunFailed, UserError
@@ -13,8 +20,10 @@ from recipe.settings.sections import SECTIONS, options
 
 __all__ = [
     "SECTIONS",
+    "STRATEGIES",
     "Absent",
     "DataSettings",
+    "GenerationSettings",
     "ModelSettings",
     "Option",
     "Problem",
@@ -23,6 +32,9 @@ __all__ = [
     "UserError",
     "dump",
     "find_config",
+    "generation_keys",
+    "generation_settings",
+    "load_lab",
     "load_settings",
     "options",
     "plain",

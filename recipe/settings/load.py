@@ -15,7 +15,7 @@ from recipe.settings.yaml_text import one_line, read
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, *, flag: str = "--config") -> Path:
     """``name`` itself if there is such a file, else ``configs/name``, with or without ``.yaml``.
 
     Raises:
@@ -28,7 +28,7 @@ def find_config(name: str) -> Path:
     there = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml"))) or "nothing"
     inside = Path(name) / "settings.yaml"
     remedy = f"Use {inside}." if _is_file(inside) else f"configs/ holds {there}."
-    raise UserError.single(f"--config {name!r}", f"no such file. {remedy}")
+    raise UserError.single(f"{flag} {name!r}", f"no such file. {remedy}")
 
 
 def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
@@ -41,7 +41,7 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
     """
     path = find_config(config)
     name = one_line(path.name)
-    document = read(_text(path, name), name=name)
+    document = read(text_of(path, name), name=name)
     overridden = apply_overrides(document.values, overrides)
     problems = [*document.problems, *overridden.problems]
     if document.whole:
@@ -63,7 +63,12 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _text(path: Path, name: str) -> str:
+def text_of(path: Path, name: str) -> str:
+    """The text of a config file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -1,0 +1,96 @@
+"""A conversation in a terminal."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+
+from recipe.answerer import Answerer, load_assistant
+from recipe.data.formats import Message
+from recipe.data.prompts import Prompt, Shot
+from recipe.decoding.stopping import Interruption
+from recipe.decoding.stream import Stream
+from recipe.settings import GenerationSettings, UserError
+
+_HELP = "/reset forgets the conversation, /exit ends it (so does Ctrl-D); Ctrl-C stops an answer."
+
+
+def chat(answerer: Answerer, settings: GenerationSettings, *, shots: Sequence[Shot]) -> None:
+    """Read a line, answer it, and so on, until the end of input or /exit.
+
+    Where the template writes conversations the model sees all turns so far.
+
+    Raises:
+        UserError: the settings do not fit the model.
+    """
+    _line_editing()
+    assistant = None
+    if settings.assistant_model:
+        assistant = load_assistant(settings.assistant_model, answerer)
+    print(f"{answerer.described}, {settings.described}\n{_HELP}")
+    if not answerer.template.writes_turns:
+        print(f"The {answerer.template.name} template has no turns: each line is answered alone.")
+    before: list[Message] = []
+    while (line := _line()) is not None:
+        if line == "/reset":
+            before = []
+        elif line.startswith("/"):
+            print(_HELP)
+        elif line:
+            try:
+                text = _reply(answerer, settings, assistant, line, shots=shots, before=before)
+            except UserError as error:
+                print(f"{error}\n/reset forgets the conversation.")
+                continue
+            if answerer.template.writes_turns:
+                before += [Message("user", line), Message("assistant", text)]
+
+
+def _reply(
+    answerer: Answerer,
+    settings: GenerationSettings,
+    assistant: object,
+    line: str,
+    *,
+    shots: Sequence[Shot],
+    before: Sequence[Message],
+) -> str:
+    interruption = Interruption()
+    decoder = answerer.decoder(settings, assistant=assistant, interruption=interruption)
+    # The turn's number, so that saying the same twice does not draw the same.
+    encoded = answerer.encode([Prompt(len(before) // 2, line)], shots=shots, before=before)
+    stream = None
+    if decoder.can_stream:
+        drafted = settings.strategy == "assisted_generation"
+        stream = Stream(
+            answerer.tokenizer,
+            _write,
+            stop_strings=decoder.stop.stop_strings,
+            skip_prompt=drafted,
+        )
+    started = time.perf_counter()
+    with interruption.listening():
+        ((answer, *_),) = decoder.answers(encoded, batch_size=1, stream=stream)
+    print("" if stream else answer.text)
+    rate = len(answer.ids) / (time.perf_counter() - started)
+    print(f"({answer.finish_reason} · {len(answer.ids)} tokens, {rate:.1f} tokens/s)\n")
+    return answer.text
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _line() -> str | None:
+    try:
+        line = input("> ").strip()
+    except EOFError:
+        print()
+        return None
+    return None if line == "/exit" else line
+
+
+def _line_editing() -> None:
+    with contextlib.suppress(ImportError):  # not on every platform
+        import readline  # noqa: F401, input() uses it once it is there

@@ -1,0 +1,1 @@
+"""What answers are like, and whether they got better."""
