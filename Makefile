@@ -14,6 +14,7 @@ LAUNCH ?= --num_processes 1 --num_machines 1 --gpu_ids 0 --mixed_precision no --
           --num_cpu_threads_per_process $(THREADS)
 ARGS ?=
 ADAPTER ?=
+STRATEGY ?=
 
 # A prompt is data: `value` keeps make from expanding $ and the environment keeps the shell from
 # reading quotes and backticks in it. `override` makes both hold for PROMPT=... on the command line.
@@ -25,8 +26,8 @@ STARTER := models/smollm2-135m-instruct
 # Loading never asks a hub for what lies on this disk; nothing here sends usage statistics.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup train infer test test-slow test-gpu fuzz check lint types options \
-        bench-starter bench-exactness clean
+.PHONY: help setup train infer chat test test-slow test-gpu fuzz check lint types options \
+        bench-starter bench-decoding bench-exactness clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +37,13 @@ setup: .venv/.installed $(STARTER)/sha256.json ## install pinned dependencies in
 train: setup ## fine-tune: CONFIG=starter.yaml ARGS="training.num_train_epochs=1"
 	@.venv/bin/accelerate launch --quiet $(LAUNCH) recipe/train.py --config $(CONFIG) $(ARGS)
 
-infer: setup ## answer PROMPT="..." with the newest adapter; ADAPTER=path, or ADAPTER=none for the base
-	@$(PY) recipe/generate.py --prompt="$$PROMPT" $(if $(ADAPTER),--adapter=$(ADAPTER)) $(ARGS)
+infer: setup ## answer PROMPT="...": ADAPTER=path or none, STRATEGY=beam_search, ARGS="num_beams=4"
+	@$(PY) recipe/generate.py --prompt="$$PROMPT" $(if $(ADAPTER),--adapter=$(ADAPTER)) \
+		$(if $(STRATEGY),strategy=$(STRATEGY)) $(ARGS)
+
+chat: setup ## talk with the newest adapter in this terminal; ADAPTER, STRATEGY and ARGS as in infer
+	@$(PY) recipe/generate.py --chat $(if $(ADAPTER),--adapter=$(ADAPTER)) \
+		$(if $(STRATEGY),strategy=$(STRATEGY)) $(ARGS)
 
 test: setup .venv/.dev ## the test suite (no network, no GPU)
 	@$(PY) -m pytest -q -m "not slow and not gpu" $(ARGS)
@@ -63,6 +69,9 @@ check: lint types test ## lint, types, import order, tests
 
 bench-starter: setup .venv/.dev ## tuned against base on the held-out starter rows, 3 seeds
 	@$(PY) -m tests.benchmarks.starter_answers $(ARGS)
+
+bench-decoding: setup .venv/.dev ## speed of decoding against transformers' generate
+	@$(PY) -m tests.benchmarks.decoding $(ARGS)
 
 bench-exactness: setup .venv/.dev ## gradients against stock code and float64, on the starter model
 	@$(PY) -m tests.benchmarks.exactness $(ARGS)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from recipe.answerer import Answerer, load_assistant
 from recipe.data.prompts import Prompt, Shot
-from recipe.decoding.decode import Answer, Decoder, check_fits
+from recipe.decoding.decode import Answer, Decoder, Encoded
 from recipe.decoding.stopping import Interruption
 from recipe.decoding.stream import Stream
 from recipe.settings import GenerationSettings
@@ -48,7 +48,7 @@ def ask(
     if settings.assistant_model:
         assistant = load_assistant(settings.assistant_model, answerer)
     encoded = answerer.encode(prompts, shots=shots)
-    check_fits(encoded, settings, answerer.model)  # before the file is made
+    answerer.decoder(settings).check(encoded)  # before the file is made
     interruption = Interruption()
     with ExitStack() as stack:
         stack.enter_context(interruption.listening())
@@ -72,7 +72,7 @@ def ask(
 
 def _answer(
     decoder: Decoder,
-    encoded: Sequence[Any],
+    encoded: Sequence[Encoded],
     show: Callable[[list[Answer], bool, str], None],
     stream: Stream | None,
     tally: _Tally,

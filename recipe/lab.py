@@ -14,7 +14,7 @@ import torch
 
 from recipe.answerer import Answerer, load_assistant
 from recipe.data.prompts import Prompt, Shot
-from recipe.decoding.decode import Answer, Encoded, check_fits
+from recipe.decoding.decode import Answer, Encoded
 from recipe.decoding.stopping import Interruption
 from recipe.judging.answers import distinct, log_probability, repetition
 from recipe.settings import GenerationSettings
@@ -47,7 +47,7 @@ def run_lab(
     encoded = answerer.encode(prompts, shots=shots)
     assistants = {}
     for label, settings in strategies.items():
-        check_fits(encoded, settings, answerer.model)
+        answerer.decoder(settings).check(encoded)
         if settings.assistant_model:
             assistants[label] = load_assistant(settings.assistant_model, answerer)
     print(f"{answerer.described}, {len(prompts)} prompts\n", file=sys.stderr, flush=True)

@@ -166,7 +166,7 @@ def _of_records(path: str, records: Sequence[Any]) -> list[Prompt]:
 
 def _checked(where: str, index: int, text: str) -> Prompt:
     if not text.strip():
-        raise UserError.single(where, 'empty. Give one: make infer PROMPT="…"')
+        raise UserError.single(where, "empty. Write what is asked.")
     if len(text) > MAX_CHARACTERS:
         raise UserError.single(
             where, f"{len(text):,} characters, expected at most {MAX_CHARACTERS:,}. Shorten it."

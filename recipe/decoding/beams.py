@@ -7,7 +7,7 @@ beams continuations; of those that end, the ones among the best ``num_beams`` co
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import LogitsProcessorList
@@ -48,23 +48,25 @@ class Beam:
     ended: list[Ended] = field(default_factory=list)
     done: bool = False
 
-    def advance(self, candidates: Sequence[Hypothesis]) -> None:
-        """Take the next step's ``candidates``, the best first."""
-        for candidate in candidates[: self.width]:
-            if candidate.reason is not None:
-                self._end(candidate, candidate.reason)
+    def advance(self, candidates: Sequence[Hypothesis]) -> list[Hypothesis]:
+        """Take the next step's ``candidates``, the best first; those that end or go on."""
+        ending = [one for one in candidates[: self.width] if one.reason is not None]
+        for one in ending:
+            self._end(one)
         self.running = [one for one in candidates if one.reason is None][: self.width]
         self.done = not self.running or not self._may_improve()
+        return ending + self.running
 
     def interrupt(self) -> None:
         """End what is running as it stands."""
         for one in self.running:
             if one.ids:
-                self._end(one, "interrupted")
+                self._end(replace(one, reason="interrupted"))
         self.done = True
 
-    def _end(self, one: Hypothesis, reason: FinishReason) -> None:
-        ended = Ended(self._normal(one.score, len(one.ids)), list(one.ids), reason)
+    def _end(self, one: Hypothesis) -> None:
+        assert one.reason is not None
+        ended = Ended(self._normal(one.score, len(one.ids)), list(one.ids), one.reason)
         # sorted is stable: of equals the one that ended first stays in front.
         self.ended = sorted([*self.ended, ended], key=lambda e: -e.score)[: self.width]
 
@@ -162,17 +164,13 @@ def group_beam_search(
             running = torch.tensor([[one.score] for one in group.running], device=scores.device)
             totals = scores[rows] - diversity_penalty * taken + running
             many = search.candidates_each * width
-            group.advance(search.best(group.running, totals, many))
-            for one in group.running:
+            for one in group.advance(search.best(group.running, totals, many)):
                 taken[one.ids[-1]] += 1
         going_on = [group for group in groups if not group.done]
-        followed = (
-            iter(search.follow([one for group in going_on for one in group.running]))
-            if going_on
-            else iter(())
-        )
-        for group in going_on:
-            group.running = [next(followed) for _ in group.running]
+        if going_on:
+            followed = iter(search.follow([one for group in going_on for one in group.running]))
+            for group in going_on:
+                group.running = [next(followed) for _ in group.running]
     return sorted((one for group in groups for one in group.ended), key=lambda e: -e.score)
 
 

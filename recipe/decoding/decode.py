@@ -5,6 +5,7 @@ sampling and the four strategies that it no longer has are in this room. All get
 processors from ``generate``, so filters apply in its order.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
 )
 
@@ -107,6 +109,18 @@ class Decoder:
         one = self.values.get("num_return_sequences", 1) == 1
         return one and "num_beams" not in self.values
 
+    def check(self, prompts: Sequence[Encoded]) -> None:
+        """Whatever can be known before the first token.
+
+        Raises:
+            UserError: a prompt leaves no room for the answer, or the settings do not fit the model.
+        """
+        check_fits(prompts, self.settings, self.model)
+        if "dola_layers" in self.values:
+            candidate_layers(self.values["dola_layers"], self.model.config)
+        if self.settings.strategy == "constrained_beam_search":
+            constraints_of(self)
+
     def answers(
         self, prompts: Sequence[Encoded], *, batch_size: int, stream: Stream | None = None
     ) -> Iterator[list[Answer]]:
@@ -119,11 +133,13 @@ class Decoder:
             stream: for a single prompt, where ``can_stream``.
 
         Raises:
-            UserError: a prompt leaves no room for the answer, or the settings do not fit the model.
+            UserError: as ``check``.
             RunFailed: the model computes NaN.
         """
-        check_fits(prompts, self.settings, self.model)
-        together = self.settings.strategy in _TOGETHER
+        self.check(prompts)
+        together = self.settings.strategy in _TOGETHER and (
+            "repetition_penalty" not in self.values or _padding_is_not_penalised()
+        )
         for batch in _batches(prompts, batch_size if together else 1):
             with torch.inference_mode():
                 found = _HOW[self.settings.strategy](self, batch, stream)
@@ -154,6 +170,8 @@ class Decoder:
     def config(self, values: dict[str, Any]) -> GenerationConfig:
         """``generate`` fills what is not set from the model's own config, so that is emptied."""
         eos = sorted(eos_token_ids(self.model, self.tokenizer))
+        # generate would sample from the 50 likeliest tokens where nothing is said.
+        values = {"top_k": 0, **values} if values.get("do_sample") else values
         config = GenerationConfig(**_as_library(values), eos_token_id=eos, pad_token_id=eos[0])
         self.model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos[0])
         return config
@@ -186,6 +204,12 @@ def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
     return {tokenizer.eos_token_id, *(token for token in listed if token is not None)}
+
+
+def _padding_is_not_penalised() -> bool:
+    """transformers 5.17 takes the padding for text that was written, and pads with the EOS."""
+    parameters = inspect.signature(RepetitionPenaltyLogitsProcessor.__init__).parameters
+    return "Tensor" in str(parameters["prompt_ignore_length"].annotation)
 
 
 def check_fits(prompts: Sequence[Encoded], settings: GenerationSettings, model: Any) -> None:

@@ -283,7 +283,7 @@ def generation_settings(
         strategy = given.get("strategy") or _strategy_of(given)
         usable = {key: value for key, value in given.items() if key not in problems}
         values = _with_defaults(strategy, usable)
-        problems |= _ignored(strategy, usable) | _contradictions(strategy, values)
+        problems |= _ignored(strategy, usable) | _contradictions(strategy, values, set(problems))
     if problems:
         raise UserError([Problem(where(key), said) for key, said in problems.items()])
     return GenerationSettings(
@@ -389,8 +389,8 @@ def _ignored(strategy: str, given: Mapping[str, Any]) -> dict[str, str]:
     return ignored
 
 
-def _contradictions(strategy: str, values: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong between keys that are each right alone."""
+def _contradictions(strategy: str, values: Mapping[str, Any], faulty: set[str]) -> dict[str, str]:
+    """What is wrong between keys that are each right alone; ``faulty`` ones are told already."""
     found: dict[str, str] = {}
     most = values["max_new_tokens"]
     if values.get("min_new_tokens", 0) > most:
@@ -404,8 +404,9 @@ def _contradictions(strategy: str, values: Mapping[str, Any]) -> dict[str, str]:
     found |= _beam_contradictions(strategy, values)
     if strategy == "contrastive_search" and values["top_k"] < 2:
         found["top_k"] = "1 candidate is greedy_search. Use at least 2."
-    if strategy == "constrained_beam_search":
-        both = [key for key in ("force_words", "force_words_ids") if values.get(key)]
+    words = ("force_words", "force_words_ids")
+    if strategy == "constrained_beam_search" and not faulty.intersection(words):
+        both = [key for key in words if values.get(key)]
         if len(both) != 1:
             said = (
                 "stands beside force_words_ids. Keep one."

@@ -21,7 +21,7 @@ def load_lab(config: str, overrides: Mapping[str, Any]) -> dict[str, GenerationS
     """The settings under each name, in the file's order.
 
     Args:
-        overrides: keys for all of them, before those of the file.
+        overrides: keys for all of them, over those that the file gives for all.
 
     Raises:
         UserError: with every problem of every strategy.

@@ -5,6 +5,7 @@
 A test fails when the file is stale.
 """
 
+from recipe.settings.generation import REFUSED, STRATEGIES, USES
 from recipe.settings.option import Absent, Option
 from recipe.settings.refused import LORA, TRAINING
 from recipe.settings.sections import SECTIONS, options
@@ -24,7 +25,7 @@ _REFUSED: dict[str, set[str]] = {
 
 def options_markdown() -> str:
     """The whole file."""
-    return "\n".join([_HEAD, *(_section(name) for name in SECTIONS)])
+    return "\n".join([_HEAD, *(_section(name) for name in SECTIONS), _generation()])
 
 
 def _section(name: str) -> str:
@@ -37,6 +38,26 @@ def _section(name: str) -> str:
     if refused:
         lines += ["", f"Refused, with the reason in the message: {', '.join(sorted(refused))}."]
     return "\n".join([*lines, ""])
+
+
+def _generation() -> str:
+    """What ``recipe/generate.py`` takes as key=value."""
+    lines = [
+        "## generation",
+        "",
+        "Keys of `recipe/generate.py` and of a decoding lab: `strategy`, one of "
+        f"{', '.join(f'`{name}`' for name in STRATEGIES)}, and those of "
+        "`transformers.GenerationConfig`. A key that the strategy would ignore is an error.",
+        "",
+        "| key | value | used by | |",
+        "|---|---|---|---|",
+    ]
+    for key, (option, users) in USES.items():
+        used = "all" if users == STRATEGIES else ", ".join(users)
+        cells = (f"`{key}`", option.expected, used, option.help)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    refused = ", ".join(sorted(REFUSED))
+    return "\n".join([*lines, "", f"Refused, with the reason in the message: {refused}.", ""])
 
 
 def _row(key: str, option: Option, *, without: tuple[object, ...] = ()) -> str:

@@ -26,8 +26,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from recipe.answerer import Answerer, load_answerer  # noqa: E402
+from recipe.data.prompts import Prompt  # noqa: E402
 from recipe.finetune import finetune  # noqa: E402
-from recipe.settings import load_settings, row_range  # noqa: E402
+from recipe.settings import generation_settings, load_settings, row_range  # noqa: E402
 
 RESAMPLES = 10_000
 MAX_NEW_TOKENS = 32
@@ -41,12 +42,10 @@ def normal(text: str) -> str:
 
 def exact(answerer: Answerer, rows: Sequence[Row]) -> np.ndarray:
     """1.0 for each row whose answer is exactly right, else 0.0."""
-    answers = [
-        answerer.answer(
-            row["instruction"], row["input"], max_new_tokens=MAX_NEW_TOKENS, stream=False
-        )[0]
-        for row in rows
-    ]
+    prompts = [Prompt(i, row["instruction"], row["input"]) for i, row in enumerate(rows)]
+    decoder = answerer.decoder(generation_settings({"max_new_tokens": MAX_NEW_TOKENS}))
+    found = decoder.answers(answerer.encode(prompts), batch_size=16)
+    answers = [answer.text for (answer,) in found]
     return np.array(
         [float(normal(a) == normal(r["output"])) for a, r in zip(answers, rows, strict=True)]
     )

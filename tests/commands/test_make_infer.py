@@ -41,7 +41,7 @@ def test_prompt_arrives_unchanged(tmp_path, dump, prompt, given):
     # A copy, so that what a prompt could run would leave its trace here and not in the tree.
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
     # `make test ARGS=…` exports what it was given.
-    made = ("MAKE", "MFLAGS", "ARGS", "ADAPTER")
+    made = ("MAKE", "MFLAGS", "ARGS", "ADAPTER", "STRATEGY")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(made)}
     arguments = ["make", "infer", f"PY={dump}", "--assume-old=setup"]
     if given.startswith("make"):
@@ -56,3 +56,20 @@ def test_prompt_arrives_unchanged(tmp_path, dump, prompt, given):
     received = (tmp_path / "arguments").read_text().split("\0")
     assert received == ["recipe/generate.py", f"--prompt={prompt}"]
     assert {*tmp_path.iterdir()} == before
+
+
+def test_adapter_strategy_and_further_keys_arrive(tmp_path, dump):
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    arguments = ["make", f"PY={dump}", "--assume-old=setup", "STRATEGY=beam_search"]
+    arguments += ["ADAPTER=runs/x", "ARGS=num_beams=3 --output a.jsonl"]
+    for target, begin in (("infer", "--prompt=Hello"), ("chat", "--chat")):
+        subprocess.run([*arguments, "PROMPT=Hello", target], cwd=tmp_path, check=True, timeout=60)
+        assert (tmp_path / "arguments").read_text().split("\0") == [
+            "recipe/generate.py",
+            begin,
+            "--adapter=runs/x",
+            "strategy=beam_search",
+            "num_beams=3",
+            "--output",
+            "a.jsonl",
+        ]
