@@ -38,12 +38,12 @@ train: setup ## fine-tune: CONFIG=starter.yaml ARGS="training.num_train_epochs=1
 	@.venv/bin/accelerate launch --quiet $(LAUNCH) recipe/train.py --config $(CONFIG) $(ARGS)
 
 infer: setup ## answer PROMPT="...": ADAPTER=path or none, STRATEGY=beam_search, ARGS="num_beams=4"
-	@$(PY) recipe/generate.py --prompt="$$PROMPT" $(if $(ADAPTER),--adapter=$(ADAPTER)) \
-		$(if $(STRATEGY),strategy=$(STRATEGY)) $(ARGS)
+	@$(PY) recipe/generate.py --prompt="$$PROMPT" $(if $(ADAPTER),--adapter="$(ADAPTER)") \
+		$(if $(STRATEGY),strategy="$(STRATEGY)") $(ARGS)
 
 chat: setup ## talk with the newest adapter in this terminal; ADAPTER, STRATEGY and ARGS as in infer
-	@$(PY) recipe/generate.py --chat $(if $(ADAPTER),--adapter=$(ADAPTER)) \
-		$(if $(STRATEGY),strategy=$(STRATEGY)) $(ARGS)
+	@$(PY) recipe/generate.py --chat $(if $(ADAPTER),--adapter="$(ADAPTER)") \
+		$(if $(STRATEGY),strategy="$(STRATEGY)") $(ARGS)
 
 test: setup .venv/.dev ## the test suite (no network, no GPU)
 	@$(PY) -m pytest -q -m "not slow and not gpu" $(ARGS)

@@ -20,7 +20,7 @@ from recipe.data.templates import Template, build_template
 from recipe.decoding.decode import Decoder, Encoded
 from recipe.decoding.stopping import Interruption
 from recipe.model.checkpoint import load_base, load_tokenizer
-from recipe.settings import GenerationSettings, ModelSettings, UserError
+from recipe.settings import GenerationSettings, ModelSettings, Problem, UserError
 from recipe.sharing.adapter_folder import load_adapter, newest_adapter, read_receipt
 
 STARTER = "models/smollm2-135m-instruct"
@@ -30,13 +30,18 @@ _ATTENTION = "sdpa"
 
 @dataclass(frozen=True)
 class Answerer:
-    """Holds what answers; ``described`` names it for the screen, ``name`` for a table."""
+    """Holds what answers.
+
+    ``name`` is ``adapter`` or ``base``, ``described`` says the same for the screen, ``folder`` is
+    the adapter's and None for the base.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     template: Template
     described: str
     name: str
+    folder: Path | None = None
 
     def encode(
         self,
@@ -75,6 +80,13 @@ class Answerer:
         with self.model.disable_adapter():
             yield Answerer(self.model, self.tokenizer, self.template, described, "base")
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """For JSON: which weights and which template the answers come from."""
+        adapter = None if self.folder is None else str(self.folder)
+        base = self.tokenizer.name_or_path
+        return {"base": base, "adapter": adapter, "template": self.template.name}
+
 
 def load_answerer(
     *, adapter: str | None, model: str | None, template: str | None, runs: Path
@@ -97,10 +109,10 @@ def load_answerer(
     settings = _settings(receipt["base"])
     tokenizer = load_tokenizer(settings)
     tuned = load_adapter(load_base(settings), folder).eval()
-    chosen = build_template(template or receipt["template"], tokenizer)
+    chosen = _template(template or receipt["template"], tokenizer)
     other = f" (trained with {receipt['template']})" if chosen.name != receipt["template"] else ""
     described = f"{folder} on {settings.name_or_path}, {chosen.name} template{other}"
-    return Answerer(_on_device(tuned), tokenizer, chosen, described, "adapter")
+    return Answerer(_on_device(tuned), tokenizer, chosen, described, "adapter", folder)
 
 
 def load_assistant(path: str, answerer: Answerer) -> Any:
@@ -110,13 +122,29 @@ def load_assistant(path: str, answerer: Answerer) -> Any:
         UserError: it cannot be loaded, or reads other tokens than the model it drafts for.
     """
     settings = _settings({"name_or_path": path})
-    if load_tokenizer(settings).get_vocab() != answerer.tokenizer.get_vocab():
+    with _named("assistant_model"):
+        tokenizer, model = load_tokenizer(settings), load_base(settings).eval()
+    if tokenizer.get_vocab() != answerer.tokenizer.get_vocab():
         raise UserError.single(
             "assistant_model",
             f"{path} reads other tokens than {answerer.described}. Name a smaller model of the "
             "same family.",
         )
-    return _on_device(load_base(settings).eval())
+    return _on_device(model)
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """What the user said stands elsewhere than in a training config."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError([Problem(where, one.message) for one in error.problems]) from error
+
+
+def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    with _named("--template"):
+        return build_template(name, tokenizer)
 
 
 def _adapter_folder(named: Path) -> Path:
@@ -127,7 +155,7 @@ def _adapter_folder(named: Path) -> Path:
 def _base_alone(settings: ModelSettings, template: str | None) -> Answerer:
     tokenizer = load_tokenizer(settings)
     base = load_base(settings).eval()
-    chosen = build_template(template or ("chat" if tokenizer.chat_template else "raw"), tokenizer)
+    chosen = _template(template or ("chat" if tokenizer.chat_template else "raw"), tokenizer)
     described = f"{settings.name_or_path} without adapter, {chosen.name} template"
     return Answerer(_on_device(base), tokenizer, chosen, described, "base")
 
@@ -136,9 +164,10 @@ def _base_settings(model: str | None, runs: Path) -> ModelSettings:
     if model:
         return _settings({"name_or_path": model})
     try:
-        return _settings(read_receipt(newest_adapter(runs))["base"])
-    except UserError:
+        newest = newest_adapter(runs)
+    except UserError:  # there is none
         return _settings({"name_or_path": STARTER})
+    return _settings(read_receipt(newest)["base"])
 
 
 def _settings(base: dict[str, Any]) -> ModelSettings:

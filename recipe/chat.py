@@ -1,13 +1,14 @@
 """A conversation in a terminal."""
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Sequence
 
 from recipe.answerer import Answerer, load_assistant
 from recipe.data.formats import Message
-from recipe.data.prompts import Prompt, Shot
+from recipe.data.prompts import Prompt, Shot, sound_prompt
 from recipe.decoding.stopping import Interruption
 from recipe.decoding.stream import Stream
 from recipe.settings import GenerationSettings, UserError
@@ -27,10 +28,12 @@ def chat(answerer: Answerer, settings: GenerationSettings, *, shots: Sequence[Sh
     assistant = None
     if settings.assistant_model:
         assistant = load_assistant(settings.assistant_model, answerer)
+    answerer.decoder(settings, assistant=assistant).check([])
     print(f"{answerer.described}, {settings.described}\n{_HELP}")
     if not answerer.template.writes_turns:
         print(f"The {answerer.template.name} template has no turns: each line is answered alone.")
     before: list[Message] = []
+    turns = itertools.count()  # so that saying the same twice does not draw the same
     while (line := _line()) is not None:
         if line == "/reset":
             before = []
@@ -38,7 +41,8 @@ def chat(answerer: Answerer, settings: GenerationSettings, *, shots: Sequence[Sh
             print(_HELP)
         elif line:
             try:
-                text = _reply(answerer, settings, assistant, line, shots=shots, before=before)
+                prompt = sound_prompt("this line", next(turns), line)
+                text = _reply(answerer, settings, assistant, prompt, shots=shots, before=before)
             except UserError as error:
                 print(f"{error}\n/reset forgets the conversation.")
                 continue
@@ -50,15 +54,14 @@ def _reply(
     answerer: Answerer,
     settings: GenerationSettings,
     assistant: object,
-    line: str,
+    prompt: Prompt,
     *,
     shots: Sequence[Shot],
     before: Sequence[Message],
 ) -> str:
     interruption = Interruption()
     decoder = answerer.decoder(settings, assistant=assistant, interruption=interruption)
-    # The turn's number, so that saying the same twice does not draw the same.
-    encoded = answerer.encode([Prompt(len(before) // 2, line)], shots=shots, before=before)
+    encoded = answerer.encode([prompt], shots=shots, before=before)
     stream = None
     if decoder.can_stream:
         drafted = settings.strategy == "assisted_generation"
@@ -70,7 +73,7 @@ def _reply(
         )
     started = time.perf_counter()
     with interruption.listening():
-        ((answer, *_),) = decoder.answers(encoded, batch_size=1, stream=stream)
+        ((answer,),) = decoder.answers(encoded, batch_size=1, stream=stream)
     print("" if stream else answer.text)
     rate = len(answer.ids) / (time.perf_counter() - started)
     print(f"({answer.finish_reason} · {len(answer.ids)} tokens, {rate:.1f} tokens/s)\n")

@@ -1,5 +1,6 @@
 """How a command ends: 0 done, 1 our bug, 2 the user's mistake, 3 it ran and the answer is no."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,9 @@ def run_command(main: Callable[[], None]) -> int:
 
     Anything else is our bug: its traceback stays and Python exits with 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone
     try:
         main()
         sys.stdout.flush()

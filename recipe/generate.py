@@ -5,7 +5,7 @@
     python recipe/generate.py --prompts questions.txt --output answers.jsonl strategy=beam_search
     python recipe/generate.py --prompt intelligent --shots "quick => fast" --template raw
     python recipe/generate.py --chat
-    python recipe/generate.py --prompts questions.txt --lab decoding_lab.yaml
+    python recipe/generate.py --prompts questions.txt --lab decoding.yaml
 
     make infer PROMPT="Name three primary colours." STRATEGY=sample ARGS="temperature=0.7"
 
@@ -16,12 +16,15 @@ adapter (--adapter none) the base answers through its own chat template if it ha
 """
 
 import argparse
+import os
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipe.data.prompts import Prompt, one_prompt, read_prompts, read_shots
+from recipe.data.prompts import Prompt, Shot, one_prompt, read_prompts, read_shots
 from recipe.exit_codes import run_command
 from recipe.settings import (
+    TOGETHER,
     GenerationSettings,
     Problem,
     UserError,
@@ -32,13 +35,20 @@ from recipe.settings import (
 
 _WHO = ("base", "adapter")
 _PROMPT_FLAGS = ("--prompt", "--prompts", "--chat")
+_NOT_TOGETHER = (
+    ("--chat", "--output"),
+    ("--chat", "--with"),
+    ("--chat", "--lab"),
+    ("--chat", "--batch-size"),
+    ("--lab", "--with"),
+    ("--lab", "--batch-size"),
+)
+_BATCH_SIZE = 16
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_intermixed_args(arguments)
-    who = _who(args)
-    prompts, settings, strategies = _read(args)
-    shots = read_shots(args.shots)
+    asked = _read(args)
     # Only now: these imports take seconds, and a mistake is told before them.
     from recipe.quiet import quiet_libraries
 
@@ -48,25 +58,25 @@ def main(arguments: list[str] | None = None) -> None:
     answerer = load_answerer(
         adapter=args.adapter, model=args.model, template=args.template, runs=Path("runs")
     )
-    if strategies:
+    if asked.strategies:
         from recipe.lab import run_lab
 
-        run_lab(answerer, prompts, strategies, shots=shots, output=args.output)
+        run_lab(answerer, asked.prompts, asked.strategies, shots=asked.shots, output=args.output)
     elif args.chat:
         from recipe.chat import chat
 
-        chat(answerer, settings, shots=shots)
+        chat(answerer, asked.settings, shots=asked.shots)
     else:
         from recipe.ask import ask
 
         ask(
             answerer,
-            prompts,
-            settings,
-            who=who,
-            shots=shots,
+            asked.prompts,
+            asked.settings,
+            who=args.who.split(",") if args.who else [],
+            shots=asked.shots,
             output=args.output,
-            batch_size=args.batch_size,
+            batch_size=args.batch_size or _BATCH_SIZE,
         )
 
 
@@ -98,68 +108,123 @@ def _parser() -> argparse.ArgumentParser:
         choices=["alpaca", "chat", "raw"],
         help="with --adapter none; an adapter has its own, and takes raw beside it",
     )
-    add("--lab", metavar="FILE", help="compare the strategies of a YAML file on --prompts")
+    add(
+        "--lab",
+        metavar="FILE",
+        help="compare the strategies of a YAML file, or of one in configs/lab, on the prompts",
+    )
     add("--output", metavar="FILE", help="JSONL (--lab: JSON) instead of the screen; - is stdout")
-    add("--batch-size", type=int, default=16, metavar="N", help="prompts decoded together (16)")
+    add("--batch-size", type=int, metavar="N", help="prompts decoded together; 16 unless said")
     add("keys", nargs="*", metavar="key=value", help="fields of GenerationConfig, and strategy")
     return parser
 
 
-def _who(args: argparse.Namespace) -> list[str]:
-    """Who answers. Everything that is wrong with the flags is told here, and at once."""
+@dataclass
+class _Asked:
+    """What the arguments say, read and found sound."""
+
+    prompts: list[Prompt] = field(default_factory=list)
+    shots: list[Shot] = field(default_factory=list)
+    settings: GenerationSettings = field(default_factory=lambda: generation_settings({}))
+    strategies: dict[str, GenerationSettings] = field(default_factory=dict)
+
+
+def _read(args: argparse.Namespace) -> _Asked:
+    """Everything that can be known without the model; all problems come in one report."""
+    problems = _flag_problems(args)
+    asked = _Asked()
+    try:
+        keys = generation_keys(args.keys)
+        if args.lab:
+            asked.strategies = load_lab(args.lab, keys)
+        else:
+            asked.settings = generation_settings(keys)
+            problems += _key_problems(args, asked.settings)
+    except UserError as error:
+        problems += error.problems
+    try:
+        asked.shots = read_shots(args.shots)
+    except UserError as error:
+        problems += error.problems
+    unread: list[str] = []
+    try:
+        if args.prompts:
+            asked.prompts, unread = read_prompts(args.prompts)
+        elif args.prompt is not None:
+            asked.prompts = one_prompt(args.prompt)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
+    if unread:
+        print(f"columns not used: {', '.join(unread[:10])}", file=sys.stderr)
+    return asked
+
+
+def _flag_problems(args: argparse.Namespace) -> list[Problem]:
     problems: list[Problem] = []
+
+    def wrong(flag: str, said: str) -> None:
+        problems.append(Problem(flag, said))
+
+    for flag in ("--prompts", "--adapter", "--with", "--model", "--lab", "--output"):
+        if getattr(args, "who" if flag == "--with" else flag[2:]) == "":
+            wrong(flag, "empty. Give a value, or leave it out.")
     given = [flag for flag in _PROMPT_FLAGS if getattr(args, flag[2:]) not in (None, False)]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
-        said = f'expected one of these, found {found}. Write --prompt "…".'
-        problems.append(Problem(", ".join(_PROMPT_FLAGS), said))
-    if args.batch_size < 1:
-        problems.append(Problem("--batch-size", f"{args.batch_size} is below 1. Use at least 1."))
+        said = f"expected one of these, found {found}. Write --prompt TEXT."
+        wrong(", ".join(_PROMPT_FLAGS), said)
     if args.adapter != "none":
         if args.model:
-            said = "an adapter brings its own base. Leave it out, or add --adapter none."
-            problems.append(Problem("--model", said))
+            wrong("--model", "an adapter brings its own base. Leave it out, or --adapter none.")
         if args.template not in (None, "raw"):
-            said = "an adapter brings its own template. Leave it out, or add --adapter none."
-            problems.append(Problem("--template", said))
+            said = "an adapter brings its own template. Leave it out, or --adapter none."
+            wrong("--template", said)
+    elif args.who:
+        wrong("--with", "needs an adapter. Leave out --adapter none.")
     who = args.who.split(",") if args.who else []
-    if args.who and (not set(who) <= set(_WHO) or len(set(who)) != len(who)):
-        said = f"expected base, adapter or base,adapter; found {args.who!r}. Correct it."
-        problems.append(Problem("--with", said))
-    elif who and args.adapter == "none":
-        problems.append(Problem("--with", "needs an adapter. Leave out --adapter none."))
-    if args.chat:
-        for flag in ("output", "who", "lab"):
-            if getattr(args, flag):
-                name = "with" if flag == "who" else flag
-                problems.append(Problem(f"--{name}", "does not go with --chat. Leave one out."))
-        if not (sys.stdin and sys.stdin.isatty()):
-            said = "needs a terminal. Give prompts with --prompt or --prompts."
-            problems.append(Problem("--chat", said))
-    if args.lab and args.who:
-        problems.append(Problem("--with", "does not go with --lab. Leave one out."))
-    output = args.output
-    if output and output != "-" and Path(output).exists():
-        said = f"{output} exists already, and nothing is overwritten. Name another file."
-        problems.append(Problem("--output", said))
-    elif output and output != "-" and not Path(output).absolute().parent.is_dir():
-        said = f"there is no folder {Path(output).parent}. Make it, or correct the path."
-        problems.append(Problem("--output", said))
-    if problems:
-        raise UserError(problems)
-    return who
+    if not set(who) <= set(_WHO) or len(set(who)) != len(who):
+        wrong("--with", f"expected base, adapter or base,adapter; found {args.who!r}. Correct it.")
+    for first, second in _NOT_TOGETHER:
+        if _given(args, first) and _given(args, second):
+            wrong(second, f"has no effect with {first}. Leave one out.")
+    if args.chat and not (sys.stdin and sys.stdin.isatty()):
+        wrong("--chat", "needs a terminal. Give prompts with --prompt or --prompts.")
+    if args.batch_size is not None and args.batch_size < 1:
+        wrong("--batch-size", f"{args.batch_size} is below 1. Use at least 1.")
+    if args.output and args.output != "-" and (objection := _output_objection(args.output)):
+        wrong("--output", objection)
+    return problems
 
 
-def _read(
-    args: argparse.Namespace,
-) -> tuple[list[Prompt], GenerationSettings, dict[str, GenerationSettings]]:
-    keys = generation_keys(args.keys)
-    strategies = load_lab(args.lab, keys) if args.lab else {}
-    settings = generation_settings({} if args.lab else keys)
-    if args.chat:
-        return [], settings, strategies
-    prompts = read_prompts(args.prompts) if args.prompts else one_prompt(args.prompt)
-    return prompts, settings, strategies
+def _given(args: argparse.Namespace, flag: str) -> bool:
+    name = {"--with": "who"}.get(flag, flag[2:].replace("-", "_"))
+    return getattr(args, name) not in (None, False)
+
+
+def _output_objection(output: str) -> str | None:
+    try:
+        os.lstat(output)
+    except FileNotFoundError:
+        if Path(output).absolute().parent.is_dir():
+            return None
+        return f"there is no folder {Path(output).parent}. Make it, or correct the path."
+    except (OSError, ValueError) as error:  # such as a name of 5000 letters
+        return f"{getattr(error, 'strerror', None) or error}. Correct the path."
+    return f"{output} exists already, and nothing is overwritten. Name another file."
+
+
+def _key_problems(args: argparse.Namespace, settings: GenerationSettings) -> list[Problem]:
+    """Keys and flags that do not go together."""
+    problems = []
+    if args.chat and "num_return_sequences" in settings.values:
+        said = "a conversation goes on from one answer. Leave it out."
+        problems.append(Problem("num_return_sequences", said))
+    if args.batch_size and settings.strategy not in TOGETHER:
+        said = f"{settings.strategy} takes one prompt after the other. Leave it out."
+        problems.append(Problem("--batch-size", said))
+    return problems
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Several decoding strategies on the same prompts: one table, and JSON beside it."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from recipe.data.prompts import Prompt, Shot
 from recipe.decoding.decode import Answer, Encoded
 from recipe.decoding.stopping import Interruption
 from recipe.judging.answers import distinct, log_probability, repetition
-from recipe.settings import GenerationSettings
+from recipe.settings import GenerationSettings, UserError
 
 _COLUMNS = (
     ("tokens/s", "tokens_per_second", "{:.1f}"),
@@ -42,7 +43,7 @@ def run_lab(
 
     Raises:
         UserError: a prompt does not fit, or a strategy does not fit the model.
-        KeyboardInterrupt: Ctrl-C was pressed; the strategies that were done are in the table.
+        KeyboardInterrupt: Ctrl-C was pressed; the table has what was done until then.
     """
     encoded = answerer.encode(prompts, shots=shots)
     assistants = {}
@@ -59,23 +60,25 @@ def run_lab(
             decoder = answerer.decoder(
                 settings, assistant=assistants.get(label), interruption=interruption
             )
-            if not rows:  # so that the first strategy does not pay for what is loaded lazily
-                list(decoder.answers(encoded[:1], batch_size=1))
+            if number == 1:  # so that the first strategy does not pay for what is loaded lazily
+                for _ in decoder.answers(encoded[:1], batch_size=1):
+                    pass
             started = time.perf_counter()
             answers = [one for found in decoder.answers(encoded, batch_size=1) for one in found]
             seconds = time.perf_counter() - started
-            if interruption.happened:
-                break
-            rows[label] = {
+            cut = interruption.happened
+            rows[f"{label} (cut short)" if cut else label] = {
                 "settings": settings.recorded,
                 **_measured(answerer, encoded, answers, seconds),
                 "answers": [_recorded(answer) for answer in answers],
             }
+            if cut:
+                break
     table = "\n".join(_table(rows))
     if output != "-":
         print(table)
     if output:
-        _write(output, answerer, prompts, rows)
+        _write(output, answerer, prompts, shots, rows)
     if interruption.happened:
         raise KeyboardInterrupt
 
@@ -100,7 +103,7 @@ def _measured(
         "distinct_1": distinct(ids, 1),
         "distinct_2": distinct(ids, 2),
         "repetition_4": repetition(ids),
-        "log_probability_per_token": likely / tokens,
+        "log_probability_per_token": likely / tokens if tokens else math.nan,
     }
 
 
@@ -127,24 +130,32 @@ def _write(
     output: str,
     answerer: Answerer,
     prompts: Sequence[Prompt],
+    shots: Sequence[Shot],
     rows: Mapping[str, Mapping[str, Any]],
 ) -> None:
     device = str(answerer.model.device)
     content = {
-        "model": answerer.described,
+        "model": answerer.name,
+        **answerer.identity,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "prompts": [asdict(prompt) for prompt in prompts],
+        "shots": [list(shot) for shot in shots],
         "strategies": {
             # JSON has no nan: a measure that needs more tokens than there are is null.
             label: {k: None if v != v else v for k, v in row.items()}
             for label, row in rows.items()
         },
     }
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(content, indent=1, ensure_ascii=output == "-", allow_nan=False) + "\n"
     if output == "-":
         sys.stdout.write(text)
         return
-    with Path(output).open("x", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with Path(output).open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError.single(
+            "--output", f"{output} cannot be written: {error.strerror}. The table stands above."
+        ) from error

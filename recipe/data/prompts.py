@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipe.data.formats import Message
-from recipe.data.sources import MAX_CHARACTERS, kind, read_file
+from recipe.data.sources import MAX_CHARACTERS, READERS, kind, read_file
 from recipe.data.templates import Template, UnfitRowError
 from recipe.settings import Problem, UserError
+from recipe.settings.yaml_text import one_line
 
 ARROW = "=>"
 _STDIN = "-"
@@ -38,36 +39,46 @@ class Shot(NamedTuple):
 
 
 def one_prompt(text: str) -> list[Prompt]:
-    """The prompt itself, or all of standard input for ``-``.
+    """The prompt itself as the only one, or all of standard input for ``-``.
 
     Raises:
         UserError: there is nothing in it.
     """
     if text == _STDIN:
-        text = _standard_input().removesuffix("\n")
-    return [_checked("--prompt", 0, text)]
+        text = _standard_input("--prompt").removesuffix("\n")
+    return [sound_prompt("--prompt", 0, text)]
 
 
-def read_prompts(path: str) -> list[Prompt]:
+def read_prompts(path: str) -> tuple[list[Prompt], list[str]]:
     """A prompt a line of a text file or of standard input (``-``), or a record each.
 
     Records (.jsonl, .json, .csv, .parquet) have ``prompt``, or ``instruction`` and perhaps
-    ``input``.
+    ``input``. The second list names the columns that nobody reads.
 
     Raises:
         UserError: nothing to read, or prompts that are none; the first ten are named.
     """
-    if path != _STDIN and Path(path).suffix.lower() not in _LINES:
+    suffix = Path(path).suffix.lower()
+    if path != _STDIN and suffix not in _LINES:
+        if suffix not in READERS:
+            known = ", ".join((".txt", *READERS))
+            raise UserError.single("--prompts", f"{path} is none of {known}. Convert it.")
         return _of_records(path, read_file(Path(path), where="--prompts")[0])
-    text = _standard_input() if path == _STDIN else _file("--prompts", path)
+    text = _standard_input("--prompts") if path == _STDIN else _file("--prompts", path)
     source = "standard input" if path == _STDIN else path
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError.single(source, "holds no prompts. Write one a line.")
-    return [
-        _checked(f"{source}:{number}", index, line.removesuffix("\r"))
-        for index, (number, line) in enumerate(lines)
-    ]
+    prompts: list[Prompt] = []
+    problems: list[Problem] = []
+    for index, (number, line) in enumerate(lines):
+        try:
+            prompts.append(sound_prompt(f"{source}:{number}", index, line.removesuffix("\r")))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError.first_of(problems)
+    return prompts, []
 
 
 def read_shots(given: Sequence[str]) -> list[Shot]:
@@ -119,6 +130,12 @@ def prompt_text(
             for message in (Message("user", shot.prompt), Message("assistant", shot.answer))
         ]
         before = [*shown, *before]
+    elif shots and prompt.context:
+        raise UserError.single(
+            f"prompt {prompt.index}",
+            f"has an input, which the shots above it do not show. Put it into the prompt, or use "
+            f"a template that writes turns ({template.name} does not).",
+        )
     elif shots:
         instruction = shots_above(shots, instruction)
     try:
@@ -129,13 +146,15 @@ def prompt_text(
 
 def shots_above(shots: Sequence[Shot], prompt: str) -> str:
     """The shots as lines, and the prompt as one that is still to be completed."""
+    prompt = prompt.rstrip().removesuffix(ARROW).rstrip()  # it may have its arrow already
     lines = [f"{shot.prompt} {ARROW} {shot.answer}" for shot in shots]
     return "\n".join([*lines, f"{prompt} {ARROW}"])
 
 
-def _of_records(path: str, records: Sequence[Any]) -> list[Prompt]:
+def _of_records(path: str, records: Sequence[Any]) -> tuple[list[Prompt], list[str]]:
     problems: list[Problem] = []
     prompts = []
+    unread: set[str] = set()
     for index, record in enumerate(records):
         where = f"{path}: row {index}"
         if not isinstance(record, dict):
@@ -143,6 +162,8 @@ def _of_records(path: str, records: Sequence[Any]) -> list[Prompt]:
             continue
         key = "prompt" if "prompt" in record else "instruction"
         text, context = record.get(key), record.get("input")
+        read = {"prompt"} if key == "prompt" else {"instruction", "input"}
+        unread |= record.keys() - read
         context = "" if context is None or key == "prompt" else context
         wrong = [
             Problem(f"{where}: {name}", f"expected text, found {kind(value)}.")
@@ -153,7 +174,7 @@ def _of_records(path: str, records: Sequence[Any]) -> list[Prompt]:
             problems += wrong
             continue
         try:
-            sound = _checked(f"{where}: {key}", index, str(text))
+            sound = sound_prompt(f"{where}: {key}", index, str(text))
             prompts.append(replace(sound, context=context))
         except UserError as error:
             problems += error.problems
@@ -161,10 +182,18 @@ def _of_records(path: str, records: Sequence[Any]) -> list[Prompt]:
         raise UserError.first_of(problems)
     if not prompts:
         raise UserError.single(path, "holds no prompts. Write one a row.")
-    return prompts
+    return prompts, sorted(map(one_line, unread))
 
 
-def _checked(where: str, index: int, text: str) -> Prompt:
+def sound_prompt(where: str, index: int, text: str) -> Prompt:
+    """A prompt, if ``text`` can be one.
+
+    Args:
+        where: it comes from, for the message.
+
+    Raises:
+        UserError: it is empty, too long, or no text.
+    """
     if not text.strip():
         raise UserError.single(where, "empty. Write what is asked.")
     if len(text) > MAX_CHARACTERS:
@@ -176,13 +205,14 @@ def _checked(where: str, index: int, text: str) -> Prompt:
     return Prompt(index, text)
 
 
-def _standard_input() -> str:
+def _standard_input(flag: str) -> str:
     if sys.stdin is None or sys.stdin.isatty():
-        raise UserError.single("-", "standard input is the terminal. Pipe text into it, or --chat.")
+        said = "- is standard input, which is the terminal. Pipe text into it, or use --chat."
+        raise UserError.single(flag, said)
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise UserError.single("-", "standard input is not UTF-8. Convert it.") from error
+        raise UserError.single(flag, "standard input is not UTF-8. Convert it.") from error
 
 
 def _file(where: str, path: str) -> str:

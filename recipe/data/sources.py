@@ -55,7 +55,7 @@ def read_records(settings: DataSettings) -> tuple[list[Any], str]:
         return read_file(path)
     if is_folder:
         raise UserError.single("data.path", f"{path} is a folder. Name a file in it.")
-    if path.suffix.lower() in _READERS or path.is_absolute():
+    if path.suffix.lower() in READERS or path.is_absolute():
         raise UserError.single(
             "data.path", f"no file {settings.path} (looked from {Path.cwd()}). Correct the path."
         )
@@ -78,11 +78,11 @@ def read_file(path: Path, *, where: str = "data.path") -> tuple[list[Any], str]:
     Raises:
         UserError: as ``read_records``.
     """
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError.single(
             where,
-            f"{path} is none of {', '.join(_READERS)}. Convert it, or give it its right ending.",
+            f"{path} is none of {', '.join(READERS)}. Convert it, or give it its right ending.",
         )
     try:
         content = path.read_bytes()
@@ -297,7 +297,7 @@ def _from_hub(settings: DataSettings) -> tuple[list[Any], str]:
     return records, hashlib.sha256(canonical).hexdigest()
 
 
-_READERS: dict[str, Callable[[Path, bytes], list[Any]]] = {
+READERS: dict[str, Callable[[Path, bytes], list[Any]]] = {
     ".json": _json_list,
     ".jsonl": _json_lines,
     ".csv": _csv,

@@ -58,17 +58,19 @@ class Beam:
         return ending + self.running
 
     def interrupt(self) -> None:
-        """End what is running as it stands."""
-        for one in self.running:
-            if one.ids:
-                self._end(replace(one, reason="interrupted"))
+        """End what is running as it stands; answers that were whole stay in front."""
+        cut = [self._ended(replace(one, reason="interrupted")) for one in self.running]
+        self.ended += sorted(cut, key=lambda e: -e.score)
         self.done = True
 
     def _end(self, one: Hypothesis) -> None:
-        assert one.reason is not None
-        ended = Ended(self._normal(one.score, len(one.ids)), list(one.ids), one.reason)
         # sorted is stable: of equals the one that ended first stays in front.
-        self.ended = sorted([*self.ended, ended], key=lambda e: -e.score)[: self.width]
+        ended = [*self.ended, self._ended(one)]
+        self.ended = sorted(ended, key=lambda e: -e.score)[: self.width]
+
+    def _ended(self, one: Hypothesis) -> Ended:
+        assert one.reason is not None
+        return Ended(self._normal(one.score, max(len(one.ids), 1)), list(one.ids), one.reason)
 
     def _may_improve(self) -> bool:
         """transformers' three rules, see its ``_check_early_stop_heuristic``."""
@@ -171,7 +173,8 @@ def group_beam_search(
             followed = iter(search.follow([one for group in going_on for one in group.running]))
             for group in going_on:
                 group.running = [next(followed) for _ in group.running]
-    return sorted((one for group in groups for one in group.ended), key=lambda e: -e.score)
+    whole = (one for group in groups for one in group.ended)
+    return sorted(whole, key=lambda e: (e.reason == "interrupted", -e.score))
 
 
 def constrained_beam_search(
@@ -182,13 +185,13 @@ def constrained_beam_search(
     length_penalty: float,
     early_stopping: bool | str,
 ) -> list[Ended]:
-    """Beam search with dynamic beam allocation; answers with everything in them, the best first.
+    """Beam search with dynamic beam allocation; answers with everything in them, the best first,
+    and behind them what Ctrl-C cut short. None at all if nothing can contain everything in time.
 
     Post and Vilar 2018, arXiv 1804.06609: candidates are the best continuations over all beams, and
     of each beam its best one and those that go on with a constraint. They are dealt into banks by
     how much of the constraints they contain, and the beams are filled from all banks in turn, the
-    fullest first. An answer may not end before it contains everything; one that reaches its length
-    before that is returned only if there is no other.
+    fullest first. An answer may not end before it contains everything.
     """
     beam = Beam(
         num_beams,
@@ -197,7 +200,6 @@ def constrained_beam_search(
         search.stop.max_new_tokens,
         [Hypothesis((), 0.0, 0)],
     )
-    without: list[Ended] = []
     eos = torch.tensor(sorted(search.stop.eos_token_ids), dtype=torch.long)
     while not beam.done:
         if search.interruption.happened:
@@ -209,16 +211,10 @@ def constrained_beam_search(
                 totals[row, eos.to(totals.device)] = -torch.inf
             totals[row] += one.score
         candidates = _dealt(_candidates(search, beam, constraints, totals), constraints)
-        kept = []
-        for one in candidates:
-            if one.reason is None or constraints.met(one.ids):
-                kept.append(one)
-            elif one.reason == "length":
-                without.append(Ended(one.score, list(one.ids), "length"))
-        beam.advance(kept)
+        beam.advance([one for one in candidates if one.reason is None or constraints.met(one.ids)])
         if not beam.done:
             beam.running = search.follow(beam.running)
-    return beam.ended or sorted(without, key=lambda e: -e.score)[:1]
+    return beam.ended
 
 
 def _candidates(
@@ -226,12 +222,18 @@ def _candidates(
 ) -> list[Hypothesis]:
     best = search.best(beam.running, totals, search.candidates_each * beam.width)
     found = {one.ids: one for one in best}
-    for row, one in enumerate(beam.running):
-        tokens = {int(totals[row].argmax()), *constraints.next_tokens(one.ids)}
-        for token in tokens:
-            score = float(totals[row, token])
-            if (*one.ids, token) not in found and score > -torch.inf:
-                found[(*one.ids, token)] = search.continued(one, token, score)
+    wanted = [
+        (row, token)
+        for row, (one, best_token) in enumerate(
+            zip(beam.running, totals.argmax(dim=-1).tolist(), strict=True)
+        )
+        for token in {best_token, *constraints.next_tokens(one.ids)}
+    ]
+    rows, tokens = zip(*wanted, strict=True)
+    for (row, token), score in zip(wanted, totals[rows, tokens].tolist(), strict=True):
+        one = beam.running[row]
+        if (*one.ids, token) not in found and score > -torch.inf:
+            found[(*one.ids, token)] = search.continued(one, token, score)
     return list(found.values())
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LogitsProcessorList
 
+from recipe.decoding.sampling import nothing_left
 from recipe.decoding.steps import Steps
 from recipe.decoding.stopping import FinishReason, Interruption, Stop
 from recipe.decoding.stream import Stream
@@ -32,13 +33,18 @@ def contrastive_search(
     logits, output = steps.read()
     states = F.normalize(output.hidden_states[-1][0].float(), dim=-1)
     while reason is None:
-        probabilities, tokens = processors(steps.ids, logits).softmax(dim=-1).topk(top_k, dim=-1)
+        processed = processors(steps.ids, logits)
+        if processed.isneginf().all():
+            raise nothing_left()
+        probabilities, tokens = processed.softmax(dim=-1).topk(top_k, dim=-1)
         steps.select(torch.zeros(top_k, dtype=torch.long, device=steps.ids.device))
         steps.append(tokens[0])
         candidate_logits, output = steps.read()
         candidates = F.normalize(output.hidden_states[-1][:, -1].float(), dim=-1)
         likeness = (candidates @ states.T).amax(dim=-1)
         scores = (1 - penalty_alpha) * probabilities[0] - penalty_alpha * likeness
+        # What a processor ruled out is no candidate, though there be fewer than top_k others.
+        scores = scores.masked_fill(probabilities[0] == 0, -torch.inf)
         # The first of equals is the likeliest.
         chosen = scores.argmax()[None]
         steps.select(chosen)

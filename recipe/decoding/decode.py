@@ -1,12 +1,13 @@
 """Prompts, as token ids, become answers by any of the strategies.
 
-transformers' ``generate`` does beam search, beam sampling and assisted generation; greedy search,
-sampling and the four strategies that it no longer has are in this room. All get their logits
-processors from ``generate``, so filters apply in its order.
+transformers' ``generate`` does beam search, beam sampling and assisted generation. The four that it
+no longer has are in this room, and so are greedy search and sampling: each prompt of a batch draws
+from its own random numbers there, rows that have ended leave the batch, and any of them can stream
+and stop. All get their logits processors from ``generate``, so filters apply in its order.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,11 +26,11 @@ from recipe.decoding.beams import Ended, Search, constrained_beam_search, group_
 from recipe.decoding.constraints import Constraints, Phrase
 from recipe.decoding.contrastive import contrastive_search
 from recipe.decoding.dola import candidate_layers, dola_scores
-from recipe.decoding.sampling import Draw, argmax, decode_rows, generator_of
+from recipe.decoding.sampling import Draw, argmax, decode_rows, generator_of, nothing_left
 from recipe.decoding.steps import Steps
-from recipe.decoding.stopping import FinishReason, Interruption, Stop
+from recipe.decoding.stopping import FinishReason, Interruption, Stop, StopStrings
 from recipe.decoding.stream import Stream
-from recipe.settings import GenerationSettings, Problem, RunFailed, UserError, plain
+from recipe.settings import TOGETHER, GenerationSettings, Problem, RunFailed, UserError, plain
 
 # Of GenerationConfig, those that only choose or steer a strategy which is done here.
 _STEERING = frozenset(
@@ -47,6 +48,21 @@ _STEERING = frozenset(
         "use_cache",
     ]
 )
+
+_WITH_TOKENS = (
+    "force_words_ids",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_eos_token_id",
+)
+_OF_DRAFTS = (
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+)
+# transformers fills up with texts of this score where there are fewer than were asked for.
+_PLACEHOLDER = -1e8
 
 
 @dataclass(frozen=True)
@@ -116,6 +132,15 @@ class Decoder:
             UserError: a prompt leaves no room for the answer, or the settings do not fit the model.
         """
         check_fits(prompts, self.settings, self.model)
+        check_tokens(self.values, int(self.model.config.vocab_size))
+        for text in self.stop.stop_strings:
+            special = [token for token in self.tokenizer.all_special_tokens if token in text]
+            if special:
+                raise UserError.single(
+                    "stop_strings",
+                    f"{special[0]} is a token of control and no text of an answer, so it would "
+                    "never be found. Use other texts; an answer ends at its EOS anyway.",
+                )
         if "dola_layers" in self.values:
             candidate_layers(self.values["dola_layers"], self.model.config)
         if self.settings.strategy == "constrained_beam_search":
@@ -134,14 +159,12 @@ class Decoder:
 
         Raises:
             UserError: as ``check``.
-            RunFailed: the model computes NaN.
+            RunFailed: the model computes NaN, memory is too small, or no answer can be as asked.
         """
         self.check(prompts)
-        together = self.settings.strategy in _TOGETHER and (
-            "repetition_penalty" not in self.values or _padding_is_not_penalised()
-        )
+        together = self.settings.strategy in TOGETHER and not _reads_padding(self.values)
         for batch in _batches(prompts, batch_size if together else 1):
-            with torch.inference_mode():
+            with torch.inference_mode(), _enough_memory():
                 found = _HOW[self.settings.strategy](self, batch, stream)
             for prompt in batch:
                 yield [one for one in found if one.index == prompt.index]
@@ -206,10 +229,27 @@ def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {tokenizer.eos_token_id, *(token for token in listed if token is not None)}
 
 
-def _padding_is_not_penalised() -> bool:
-    """transformers 5.17 takes the padding for text that was written, and pads with the EOS."""
+def _reads_padding(values: dict[str, Any]) -> bool:
+    """Whether a processor takes the padding, which is an EOS, for text that was written."""
+    if values.get("no_repeat_ngram_size") == 1:
+        return True
+    # transformers 5.17's repetition penalty does, 5.23's is told where a row begins.
     parameters = inspect.signature(RepetitionPenaltyLogitsProcessor.__init__).parameters
-    return "Tensor" in str(parameters["prompt_ignore_length"].annotation)
+    told = "Tensor" in str(parameters["prompt_ignore_length"].annotation)
+    return "repetition_penalty" in values and not told
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU there is only this
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise RunFailed(
+                "out of memory. Lower --batch-size, num_beams, num_return_sequences or "
+                "max_new_tokens."
+            ) from error
+        raise
 
 
 def check_fits(prompts: Sequence[Encoded], settings: GenerationSettings, model: Any) -> None:
@@ -230,6 +270,42 @@ def check_fits(prompts: Sequence[Encoded], settings: GenerationSettings, model: 
     ]
     if problems:
         raise UserError.first_of(problems)
+
+
+def check_tokens(values: Mapping[str, Any], vocabulary: int) -> None:
+    """Token ids of the settings must be tokens; torch would fail, or not even notice.
+
+    Raises:
+        UserError: naming each key with an id beyond the vocabulary.
+    """
+    problems = []
+    for key in (*_WITH_TOKENS, "sequence_bias"):
+        listed = values.get(key, [])
+        if key == "sequence_bias":
+            listed = [ids for ids, _ in listed]
+        beyond = [token for token in _flat(listed) if token >= vocabulary]
+        if beyond:
+            problems.append(
+                Problem(
+                    key, f"{beyond[0]} is no token of a vocabulary of {vocabulary}. Correct it."
+                )
+            )
+    if "penalty_alpha" in values and values["top_k"] > vocabulary:
+        problems.append(
+            Problem(
+                "top_k", f"{values['top_k']} is above the vocabulary of {vocabulary}. Lower it."
+            )
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def _flat(value: Any) -> Iterator[int]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 def left_padded(
@@ -303,6 +379,7 @@ def _by_beams(decoder: Decoder, batch: Sequence[Encoded], _stream: Stream | None
         "early_stopping": values.get("early_stopping", False),
     }
     ended: list[Ended]
+    constrained = decoder.settings.strategy == "constrained_beam_search"
     if decoder.settings.strategy == "group_beam_search":
         ended = group_beam_search(
             search,
@@ -312,6 +389,13 @@ def _by_beams(decoder: Decoder, batch: Sequence[Encoded], _stream: Stream | None
         )
     else:
         ended = constrained_beam_search(search, constraints_of(decoder), **shared)
+    if not ended:
+        what = "contains all of force_words" if constrained else "can be written"
+        raise RunFailed(
+            f"prompt {batch[0].index}: no answer {what} within "
+            f"max_new_tokens={values['max_new_tokens']} and what else the settings forbid. Raise "
+            "it, or forbid less."
+        )
     return [
         decoder.answer(batch[0], number, one.ids, one.reason, score=one.score)
         for number, one in enumerate(ended[: values.get("num_return_sequences", 1)])
@@ -333,11 +417,21 @@ def constraints_of(decoder: Decoder) -> Constraints:
     for one in decoder.settings.force_words:
         words = [one] if isinstance(one, str) else list(one)
         stated.append([phrase for word in words for phrase in _spellings(decoder.tokenizer, word)])
+    key = "force_words" if decoder.settings.force_words else "force_words_ids"
+    ends = eos_token_ids(decoder.model, decoder.tokenizer)
+    for phrases in stated:
+        if all(ends.intersection(phrase) for phrase in phrases):
+            raise UserError.single(key, "holds an EOS, behind which nothing is. Leave it out.")
+        texts = [str(decoder.tokenizer.decode(list(phrase))) for phrase in phrases]
+        stops = [s for s in decoder.stop.stop_strings if all(s in text for text in texts)]
+        if stops:
+            said = f"{texts[0]!r} holds {stops[0]!r}, which ends the answer. Leave one out."
+            raise UserError.single(key, said)
     constraints = Constraints(stated)
     most = decoder.values["max_new_tokens"]
     if constraints.fewest_tokens > most:
         raise UserError.single(
-            "force_words",
+            key,
             f"they are {constraints.fewest_tokens} tokens, beyond max_new_tokens={most}. Raise it.",
         )
     return constraints
@@ -364,39 +458,42 @@ def _by_library(decoder: Decoder, batch: Sequence[Encoded], stream: Stream | Non
     settings, model = decoder.settings, decoder.model
     ids, mask = left_padded(batch, pad=decoder.pad, device=model.device)
     named: dict[str, Any] = {}
+    scored = settings.strategy != "assisted_generation"
+    values = {**decoder.values, "return_dict_in_generate": True, "output_scores": scored}
+    values.pop("stop_strings", None)
+    config = decoder.config(values)
     if settings.strategy == "assisted_generation":
         named = {"streamer": stream, "assistant_model": decoder.assistant}
-    scored = settings.strategy != "assisted_generation"
-    config = decoder.config(
-        {**decoder.values, "return_dict_in_generate": True, "output_scores": scored}
-    )
+    if decoder.assistant is not None:
+        # There, and nowhere else, generate looks for how much to draft; and it writes back to it.
+        drafts = {key: value for key, value in values.items() if key in _OF_DRAFTS}
+        decoder.assistant.generation_config = GenerationConfig(
+            **drafts, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
+    criteria = [decoder.interruption]
+    if decoder.stop.stop_strings:
+        criteria.append(StopStrings(decoder.stop, ids.shape[1]))
     with _seeded(settings, batch[0].index, model.device):
         output = model.generate(
             ids,
             attention_mask=mask,
             generation_config=config,
-            tokenizer=decoder.tokenizer,
             logits_processor=LogitsProcessorList([_Finite()]),
-            stopping_criteria=StoppingCriteriaList([decoder.interruption]),
+            stopping_criteria=StoppingCriteriaList(criteria),
             **{key: value for key, value in named.items() if value is not None},
         )
     copies = len(output.sequences) // len(batch)
     answers = []
     for row, tokens in enumerate(output.sequences[:, ids.shape[1] :].tolist()):
-        written = _unpadded(tokens, decoder.stop)
+        written, reason = decoder.stop.ended(tokens)
         score = float(output.sequences_scores[row]) if scored else None
-        reason = decoder.stop.reason_of_whole(written)
+        if score is not None and score < _PLACEHOLDER:
+            continue
         prompt = batch[row // copies]
         answers.append(decoder.answer(prompt, row % copies, written, reason, score=score))
+    if not answers:
+        raise nothing_left()
     return answers
-
-
-def _unpadded(tokens: list[int], stop: Stop) -> list[int]:
-    """Shorter answers of a batch are filled up behind their end."""
-    for at in range(len(tokens)):
-        if stop.reason(tokens[: at + 1]):
-            return tokens[: at + 1]
-    return tokens
 
 
 @contextmanager
@@ -405,8 +502,7 @@ def _seeded(settings: GenerationSettings, index: int, device: torch.device) -> I
     if not settings.samples:
         yield
         return
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(generator_of(_key(settings, index, 0)).initial_seed())
         yield
 
@@ -426,7 +522,6 @@ def _as_library(values: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-_TOGETHER = frozenset(["greedy_search", "sample", "dola_generation", "beam_search"])
 _HOW = {
     "greedy_search": _by_rows,
     "sample": _by_rows,

@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList
 from recipe.decoding.steps import Steps
 from recipe.decoding.stopping import FinishReason, Interruption, Stop
 from recipe.decoding.stream import Stream
+from recipe.settings import RunFailed
 
 Choose = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 Scores = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -35,15 +36,25 @@ class Draw:
 
         One float64 number a row decides. It is drawn on the CPU: the same on every device.
         """
+        device = scores.device
         drawn = [
             torch.rand(1, generator=self._generators[row], dtype=torch.float64) for row in rows
         ]
+        if scores.device.type == "mps":  # it has no float64
+            scores = scores.cpu()
         reached = scores.double().softmax(dim=-1).cumsum(dim=-1)
         total = reached[:, -1:]
         wanted = torch.cat(drawn)[:, None].to(reached.device) * total
         # A product that is rounded up to the whole would ask for the token behind the last.
         wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(reached, wanted, right=True)[:, 0]
+        return torch.searchsorted(reached, wanted, right=True)[:, 0].to(device)
+
+
+def nothing_left() -> RunFailed:
+    """What to raise when the settings forbid every token."""
+    return RunFailed(
+        "every token is ruled out by what the settings forbid, so no answer can go on. Forbid less."
+    )
 
 
 def generator_of(key: str) -> torch.Generator:
@@ -80,6 +91,8 @@ def decode_rows(
         scores = logits if scores_of is None else scores_of(logits, output)
         if texts is not None:
             scores = _processed(processors, texts, scores, active)
+        if scores.amax(dim=-1).isneginf().any():
+            raise nothing_left()
         tokens = choose(scores, active)
         steps.append(tokens)
         if texts is not None:

@@ -43,9 +43,16 @@ class Stop:
                 return "stop"
         return "length" if len(ids) >= self.max_new_tokens else None
 
-    def reason_of_whole(self, ids: Sequence[int]) -> FinishReason:
-        """As ``reason``, of an answer that somebody else ended."""
-        return (self.reason(ids) if ids else None) or "interrupted"
+    def ended(self, ids: Sequence[int]) -> tuple[list[int], FinishReason]:
+        """What of ``ids`` is the answer, and why it ends there: ``interrupted`` if nothing else.
+
+        Somebody else wrote them, and may have gone on, or filled them up, behind the end.
+        """
+        for at in range(1, len(ids) + 1):
+            reason = self.reason(ids[:at])
+            if reason:
+                return list(ids[:at]), reason
+        return list(ids), "interrupted"
 
     def text(self, ids: Sequence[int]) -> str:
         """The answer, up to the first stop string, without special tokens."""
@@ -55,6 +62,19 @@ class Stop:
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class StopStrings(StoppingCriteria):
+    """``Stop`` for transformers' own loops, whose StopStringCriteria reads the prompt too."""
+
+    def __init__(self, stop: Stop, prompt_tokens: int) -> None:
+        self._stop = stop
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        answers = input_ids[:, self._prompt_tokens :].tolist()
+        found = [bool(ids) and self._stop.ended(ids)[1] == "stop" for ids in answers]
+        return torch.tensor(found, device=input_ids.device)
 
 
 class Interruption(StoppingCriteria):
@@ -69,7 +89,8 @@ class Interruption(StoppingCriteria):
     @contextmanager
     def listening(self) -> Iterator["Interruption"]:
         """The first Ctrl-C ends what is being written after its present token, a second at once."""
-        if threading.current_thread() is not threading.main_thread():
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as a shell's & has it
+        if ignored or threading.current_thread() is not threading.main_thread():
             yield self
             return
 

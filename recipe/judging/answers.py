@@ -35,7 +35,7 @@ def log_probability(model: Any, prompt: Sequence[int], answer: Sequence[int]) ->
         logits = model(input_ids=ids, logits_to_keep=len(answer) + 1, use_cache=False).logits[
             0, :-1
         ]
-    return -float(token_nll(logits, ids[0, len(prompt) :]).double().sum())
+    return -float(token_nll(logits, ids[0, len(prompt) :]).cpu().double().sum())
 
 
 def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:

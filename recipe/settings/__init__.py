@@ -6,6 +6,7 @@ Imports no library that it validates against: a mistake is told in a fraction of
 from recipe.settings.dump import dump
 from recipe.settings.generation import (
     STRATEGIES,
+    TOGETHER,
     GenerationSettings,
     generation_keys,
     generation_settings,
@@ -21,6 +22,7 @@ from recipe.settings.sections import SECTIONS, options
 __all__ = [
     "SECTIONS",
     "STRATEGIES",
+    "TOGETHER",
     "Absent",
     "DataSettings",
     "GenerationSettings",

@@ -30,6 +30,8 @@ Strategy = Literal[
 ]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 _BEAMS = ("beam_search", "beam_sample", "group_beam_search", "constrained_beam_search")
+# Several prompts at once; the others take one after the other.
+TOGETHER = ("greedy_search", "sample", "dola_generation", "beam_search")
 # They may sample, and do where do_sample is true.
 _EITHER = ("dola_generation", "assisted_generation")
 _SAMPLING = ("sample", "beam_sample", *_EITHER)
@@ -125,7 +127,11 @@ _COMMON = (
     _option("use_cache", bool, "false computes the whole text anew for each token."),
 )
 _SAMPLED = (
-    _option("temperature", Annotated[float, Gt(0)], "Below 1: sharper, above 1: flatter."),
+    _option(
+        "temperature",
+        Annotated[float, Ge(0.001), Le(1000)],
+        "Below 1: sharper, above 1: flatter.",
+    ),
     _option("top_h", _Share, "Keeps the tokens that hold this share of the entropy."),
     _option("top_p", _Share, "Keeps the likeliest tokens that together reach this probability."),
     _option("min_p", _Share, "Keeps tokens at least this share as likely as the likeliest."),
@@ -135,7 +141,7 @@ _SAMPLED = (
 )
 _OF_BEAMS = (
     _option("num_beams", Annotated[int, Ge(2)], "Texts followed at once; 1 is greedy_search."),
-    _option("length_penalty", float, "Above 0: longer answers."),
+    _option("length_penalty", Annotated[float, Ge(-10), Le(10)], "Above 0: longer answers."),
     _option("early_stopping", bool | Literal["never"], "When the beams may stop."),
     _option("renormalize_logits", bool, "Normalise scores again behind all changes."),
 )

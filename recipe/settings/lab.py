@@ -1,4 +1,4 @@
-"""A file of decoding strategies to be compared, as ``configs/decoding_lab.yaml``.
+"""A file of decoding strategies to be compared, as ``configs/lab/decoding.yaml``.
 
 generation: {max_new_tokens: 64}     # keys for all of them
 strategies:
@@ -21,22 +21,24 @@ def load_lab(config: str, overrides: Mapping[str, Any]) -> dict[str, GenerationS
     """The settings under each name, in the file's order.
 
     Args:
-        overrides: keys for all of them, over those that the file gives for all.
+        overrides: keys of the command line, for all of them, over those of the file.
 
     Raises:
         UserError: with every problem of every strategy.
     """
-    path = find_config(config, flag="--lab")
+    if "strategy" in overrides:
+        raise UserError.single("strategy", "does not go with --lab, whose file has several.")
+    path = find_config(config, flag="--lab", inside="lab")
     name = one_line(path.name)
     document = read(text_of(path, name), name=name)
     problems = list(document.problems) or _shape_problems(document, name)
     found: dict[str, GenerationSettings] = {}
     if not problems:
-        shared = {**(document.values.get("generation") or {}), **overrides}
+        shared = document.values.get("generation") or {}
         for label, own in document.values["strategies"].items():
-            where = partial(_where, document, name, label)
+            where = partial(_where, document, name, label, frozenset(overrides))
             try:
-                found[label] = generation_settings({**shared, **own}, where=where)
+                found[label] = generation_settings({**shared, **own, **overrides}, where=where)
             except UserError as error:
                 problems += error.problems
     if problems:
@@ -73,7 +75,9 @@ def _shape_problems(document: Document, name: str) -> list[Problem]:
     return problems
 
 
-def _where(document: Document, name: str, label: str, key: str) -> str:
+def _where(document: Document, name: str, label: str, overridden: frozenset[str], key: str) -> str:
+    if key in overridden:
+        return key
     for path in (("strategies", label, key), ("generation", key), ("strategies", label)):
         if path in document.lines:
             return f"{name}:{document.lines[path]}: {dotted(path)}" + (

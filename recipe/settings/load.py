@@ -15,19 +15,24 @@ from recipe.settings.yaml_text import one_line, read
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def find_config(name: str, *, flag: str = "--config") -> Path:
+def find_config(name: str, *, flag: str = "--config", inside: str = "") -> Path:
     """``name`` itself if there is such a file, else ``configs/name``, with or without ``.yaml``.
+
+    Args:
+        flag: what named it, for the message.
+        inside: a folder of ``configs/``.
 
     Raises:
         UserError: none of them is there; the message lists what is.
     """
-    candidates = [Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"]
+    folder = CONFIGS / inside
+    candidates = [Path(name), folder / name, folder / f"{name}.yaml"]
     for path in candidates:
         if _is_file(path):
             return path
-    there = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml"))) or "nothing"
+    there = ", ".join(sorted(path.name for path in folder.glob("*.yaml"))) or "nothing"
     inside = Path(name) / "settings.yaml"
-    remedy = f"Use {inside}." if _is_file(inside) else f"configs/ holds {there}."
+    remedy = f"Use {inside}." if _is_file(inside) else f"configs/{inside} holds {there}."
     raise UserError.single(f"{flag} {name!r}", f"no such file. {remedy}")
 
 

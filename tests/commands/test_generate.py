@@ -88,10 +88,13 @@ def test_every_strategy_writes_json_lines(here, strategy):
     for record in records:
         assert record["prompt"] == QUESTIONS.splitlines()[record["index"]]
         assert record["model"] == "adapter"
+        assert record["adapter"] == "runs/tiny/adapter"
+        assert record["base"].endswith("tiny-llama")
+        assert record["template"] == "alpaca"
         assert record["settings"]["strategy"] == strategy
         assert record["finish_reason"] in ("eos", "length")
         assert 0 < len(record["ids"]) <= record["settings"]["max_new_tokens"]
-        assert (record["seed"] is not None) == ("sample" in strategy)
+        assert ("seed" in record) == ("sample" in strategy)
         if strategy == "constrained_beam_search":
             assert "fruit" in record["text"]
             assert "red" in record["text"] or "blue" in record["text"]
@@ -167,7 +170,10 @@ strategies:
 
 WRONG = {
     "no prompt": ([], "--prompt, --prompts, --chat: expected one of these, found none of them"),
-    "two prompts": (["--prompt", "a", "--prompts", "b"], "--prompt, --prompts, --chat: expected"),
+    "two prompts": (
+        ["--prompt", "a", "--prompts", "questions.txt"],
+        "--prompt, --prompts, --chat: expected one of these, found --prompt and --prompts",
+    ),
     "empty prompt": (["--prompt", " "], "--prompt: empty."),
     "NUL": (["--prompt", "a\0b"], "--prompt: holds what is no text"),
     "no such file": (["--prompts", "absent.txt"], "--prompts: 'absent.txt' cannot be read"),
@@ -212,13 +218,51 @@ WRONG = {
         ["--prompt", "a", "--adapter", "none", "--model", "models/absent"],
         "model.name_or_path: no folder models/absent",
     ),
-    "beyond the context": (
-        ["--prompt", "a " * 400, SHORT],
-        "prompt 0: ",
+    "beyond the context": (["--prompt", "a " * 400, SHORT], "prompt 0: "),
+    "nothing for a flag": (["--prompt", "a", "--adapter", ""], "--adapter: empty."),
+    "no prompts named": (["--prompts", ""], "--prompts: empty."),
+    "a long name": (["--prompt", "a", "--output", "x" * 300], "--output: File name too long."),
+    "a link to nowhere": (["--prompt", "a", "--output", "link"], "--output: link exists already"),
+    "a batch of none": (
+        ["--prompt", "a", "--batch-size", "4", "strategy=contrastive_search"],
+        "--batch-size: contrastive_search takes one prompt after the other.",
+    ),
+    "a strategy beside a lab": (
+        ["--prompt", "a", "--lab", "empty.yaml", "strategy=sample"],
+        "strategy: does not go with --lab",
+    ),
+    "no token": (["--prompt", "a", "suppress_tokens=[99999]", SHORT], "suppress_tokens: 99999 is"),
+    "no word of tokens": (
+        ["--prompt", "a", "force_words_ids=[[3, 99999]]", SHORT],
+        "force_words_ids: 99999 is no token of a vocabulary of",
+    ),
+    "no bias of tokens": (
+        ["--prompt", "a", "sequence_bias=[[[99999], 1.0]]", SHORT],
+        "sequence_bias: 99999 is no token",
+    ),
+    "more candidates than tokens": (
+        ["--prompt", "a", "strategy=contrastive_search", "top_k=9999", SHORT],
+        "top_k: 9999 is above the vocabulary of",
+    ),
+    "an EOS as a word": (
+        ["--prompt", "a", "force_words_ids=[[1]]", SHORT],
+        "force_words_ids: holds an EOS",
+    ),
+    "a word that ends it": (
+        ["--prompt", "a", "force_words=[fruit]", "stop_strings=r", SHORT],
+        "force_words: ' fruit' holds 'r', which ends the answer.",
+    ),
+    "a stop that is no text": (
+        ["--prompt", "a", "stop_strings=</s>", SHORT],
+        "stop_strings: </s> is a token of control",
+    ),
+    "no draft model": (
+        ["--prompt", "a", "assistant_model=models/absent", SHORT],
+        "assistant_model: no folder models/absent",
     ),
     "beyond the context with the answer": (["--prompt", "a", "max_new_tokens=255"], "prompt 0: "),
     "a layer that is not there": (
-        ["--prompt", "a", "dola_layers=[2]"],
+        ["--prompt", "a", "dola_layers=[2]", SHORT],
         "dola_layers: 2 is not below the last layer, 2.",
     ),
     "no room for the words": (
@@ -257,13 +301,14 @@ def test_a_wrong_call_is_one_line_and_writes_nothing(here, capsys, other_tokens,
     (here / "empty.txt").write_text("\n")
     (here / "empty.yaml").write_text("generation: {}\n")
     (here / "bad.yaml").write_text(BAD_LAB)
+    (here / "link").symlink_to("nowhere")
     before = listing(here)
     capsys.readouterr()
     assert in_process(*arguments) == 2
     said = capsys.readouterr()
     assert said.out == ""
     (line,) = whole_lines(said.err.rstrip("\n"))
-    assert line.startswith(begins)
+    assert line.startswith(begins), line
     assert listing(here) == before
 
 
@@ -278,6 +323,76 @@ def test_every_problem_of_a_lab_has_its_line(here, capsys):
     first, second = whole_lines(capsys.readouterr().err.rstrip("\n"))
     assert first.startswith("bad.yaml:1: generation.top_p: greedy_search would ignore it.")
     assert second.startswith("bad.yaml:6: strategies.nucleus.top_k: expected a whole number")
+
+
+def test_keys_of_the_command_line_hold_for_the_whole_lab(here, capsys):
+    (here / "lab.yaml").write_text(
+        "generation: {max_new_tokens: 9}\nstrategies:\n  a: {strategy: greedy_search}\n"
+        "  b: {strategy: sample, max_new_tokens: 7}\n"
+    )
+    arguments = ["--prompt", "a", "--lab", "lab.yaml", "--output", "-", "max_new_tokens=2"]
+    assert in_process(*arguments) == 0
+    strategies = json.loads(capsys.readouterr().out)["strategies"]
+    assert {s["settings"]["max_new_tokens"] for s in strategies.values()} == {2}
+    assert in_process("--prompt", "a", "--lab", "lab.yaml", "top_p=0.5") == 2
+    (line,) = whole_lines(capsys.readouterr().err.rstrip("\n"))
+    assert line.startswith("top_p: greedy_search would ignore it.")
+
+
+def test_all_problems_come_in_one_report(here, capsys):
+    arguments = ["--prompts", "absent.txt", "--shots", "x =>", "--with", "x", "top_p=2", "zz=1"]
+    assert in_process(*arguments) == 2
+    lines = whole_lines(capsys.readouterr().err.rstrip("\n"))
+    assert [line.split(":")[0] for line in lines] == [
+        "--with", "top_p", "zz", "--shots", "--prompts",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["force_words=[fruit]", "suppress_tokens=ALL"],
+        ["suppress_tokens=ALL"],
+        ["strategy=sample", "suppress_tokens=ALL"],
+        ["strategy=contrastive_search", "suppress_tokens=ALL"],
+        ["strategy=beam_search", "suppress_tokens=ALL"],
+    ],
+)
+def test_what_cannot_be_answered_fails_and_leaves_no_file(here, capsys, keys):
+    every = f"suppress_tokens=[{', '.join(map(str, range(384)))}]"
+    keys = [every if key.endswith("ALL") else key for key in keys]
+    assert in_process("--prompt", "a", "--output", "a.jsonl", SHORT, *keys) == 3
+    said = capsys.readouterr().err
+    assert "every token is ruled out" in said or "no answer contains all of force_words" in said
+    assert "Traceback" not in said
+    assert not (here / "a.jsonl").exists()
+
+
+def test_what_does_not_go_with_a_conversation(here, capsys):
+    arguments = ["--chat", "--output", "a", "--with", "base", "--lab", "x", "--batch-size", "2"]
+    assert in_process(*arguments) == 2
+    lines = whole_lines(capsys.readouterr().err.rstrip("\n"))
+    for flag in ("--output", "--with", "--lab", "--batch-size"):
+        assert f"{flag}: has no effect with --chat. Leave one out." in lines
+    assert in_process("--chat", "strategy=sample", "num_return_sequences=2") == 2
+    assert "num_return_sequences: a conversation goes on from one" in capsys.readouterr().err
+
+
+def test_columns_that_nobody_reads_are_named(here, capsys):
+    (here / "p.jsonl").write_text('{"prompt": "a", "output": "b", "id": 3}\n')
+    assert in_process("--prompts", "p.jsonl", SHORT) == 0
+    assert "columns not used: id, output" in capsys.readouterr().err
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_escapes(here):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    child = started(
+        here, "--prompt", "é", SHORT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment,
+    )  # fmt: skip
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert r"\xb7" in errors
 
 
 def test_without_any_adapter_it_says_what_to_do(tmp_path, monkeypatch, capsys):

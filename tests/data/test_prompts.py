@@ -30,9 +30,9 @@ def test_a_line_each(tmp_path, stdin):
     expected = [Prompt(0, "Name a fruit."), Prompt(1, "  indented"), Prompt(2, "日本語")]
     text = "Name a fruit.\n\n  indented\r\n \n日本語"
     (tmp_path / "p.txt").write_text(text)
-    assert read_prompts(str(tmp_path / "p.txt")) == expected
+    assert read_prompts(str(tmp_path / "p.txt")) == (expected, [])
     stdin(text)
-    assert read_prompts("-") == expected
+    assert read_prompts("-") == (expected, [])
 
 
 def test_records_of_either_kind(tmp_path):
@@ -51,7 +51,9 @@ def test_records_of_either_kind(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps(rows))
     (tmp_path / "p.JSONL").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("p.json", "p.JSONL"):
-        assert read_prompts(str(tmp_path / name)) == expected
+        prompts, unread = read_prompts(str(tmp_path / name))
+        assert prompts == expected
+        assert unread == ["input", "output"]  # the input beside a prompt is none
 
 
 def test_one_prompt_may_have_lines(stdin):
@@ -74,8 +76,11 @@ def test_shots_are_lines_where_the_template_has_no_turns(tokenizer):
     lines = "quick => fast\nhappy => glad\nintelligent =>"
     assert prompt_text(raw, Prompt(0, "intelligent"), shots=SHOTS) == lines
     alpaca = build_template("alpaca", tokenizer)
-    whole = prompt_text(alpaca, Prompt(0, "intelligent", "in English"), shots=SHOTS)
-    assert whole == alpaca.prompt(lines, "in English")
+    assert prompt_text(alpaca, Prompt(0, "intelligent"), shots=SHOTS) == alpaca.prompt(lines)
+    for written in ("intelligent =>", "intelligent => ", "intelligent=>"):
+        assert prompt_text(raw, Prompt(0, written), shots=SHOTS) == lines
+    with pytest.raises(UserError, match="prompt 3: has an input"):
+        prompt_text(alpaca, Prompt(3, "intelligent", "in English"), shots=SHOTS)
 
 
 def test_shots_are_turns_where_it_has(tokenizer):
@@ -97,7 +102,7 @@ def test_shots_are_turns_where_it_has(tokenizer):
 WRONG = {
     "p.txt": [
         (b"\n \n", "p.txt: holds no prompts."),
-        (b"a\0b\n", "p.txt:1: holds what is no text"),
+        (b"ok\na\0b\n", "p.txt:2: holds what is no text"),
     ],
     "q.txt": [(b"ok\ncaf\xe9\n", "q.txt: not UTF-8.")],
     "p.jsonl": [
@@ -111,7 +116,7 @@ WRONG = {
         (b"{\n", "p.jsonl:1: not JSON"),
     ],
     "p.json": [(b"[]", "p.json: holds no prompts."), (b"{}", "p.json: expected a JSON list")],
-    "p.doc": [(b"a", "--prompts: p.doc is none of .json, .jsonl, .csv, .parquet.")],
+    "p.doc": [(b"a", "--prompts: p.doc is none of .txt, .json, .jsonl, .csv, .parquet.")],
 }
 
 

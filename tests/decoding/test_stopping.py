@@ -31,11 +31,13 @@ def test_reason_and_text(ids, strings, reason, text):
     ending = stop(5, strings)
     assert ending.reason(ids) == reason
     assert ending.text(ids) == text
-    assert ending.reason_of_whole(ids) == (reason or "interrupted")
+    assert ending.ended(ids) == (ids, reason or "interrupted")
+    if reason:  # whatever stands behind the end is none of it
+        assert ending.ended([*ids, EOS, 3]) == (ids, reason)
 
 
 def test_nothing_at_all_was_interrupted():
-    assert stop(5).reason_of_whole([]) == "interrupted"
+    assert stop(5).ended([]) == ([], "interrupted")
 
 
 def test_the_first_ctrl_c_is_noted_and_the_second_is_pythons():
@@ -106,3 +108,32 @@ def test_each_search_keeps_what_there_is():
     for one in (first, second):
         assert one.reason == "interrupted"
         assert len(one.ids) == 4
+
+
+SHARED = {"num_beams": 3, "length_penalty": 1.0, "early_stopping": "never"}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_was_whole_stays_in_front_of_what_was_cut(seed):
+    model = toy(vocabulary=6, seed=seed, spread=0.2)
+    constraints = Constraints([[(2,)]])
+    for looks in range(5):
+        with torch.no_grad():
+            found = constrained_beam_search(
+                Search(*parts(model, [1, 2], 12)[:3], After(looks)), constraints, **SHARED
+            )
+        cut = [one.reason == "interrupted" for one in found]
+        assert found
+        assert cut == sorted(cut)
+        assert all(constraints.met(one.ids) for one in found if one.reason != "interrupted")
+
+
+def test_even_before_the_first_token_there_is_an_answer():
+    model = toy(vocabulary=6)
+    with torch.no_grad():
+        search = Search(*parts(model, [1, 2], 12)[:3], After(0))
+        for found in (
+            constrained_beam_search(search, Constraints([[(2,)]]), **SHARED),
+            group_beam_search(search, num_beam_groups=3, diversity_penalty=0.1, **SHARED),
+        ):
+            assert (found[0].ids, found[0].reason) == ([], "interrupted")

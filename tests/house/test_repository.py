@@ -148,7 +148,8 @@ RECIPE = sorted((REPOSITORY / "recipe").rglob("*.py"))
 
 @pytest.mark.parametrize("file", RECIPE, ids=lambda file: str(file.relative_to(REPOSITORY)))
 def test_nothing_executes_code_from_data(file):
-    assert dangers(file.read_text()) == []
+    asks = "calls input" if file.name == "chat.py" else None  # that is what it is for
+    assert [found for found in dangers(file.read_text()) if found[1] != asks] == []
 
 
 def test_the_loaders_that_are_looked_for_are_there():

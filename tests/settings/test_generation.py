@@ -95,7 +95,8 @@ WRONG = [
     ({"max_new_tokens": 0}, "max_new_tokens", "of at least 1"),
     ({"max_new_tokens": "5"}, "max_new_tokens", "Remove the quotes."),
     ({"max_length": 5}, "max_length", "Use max_new_tokens."),
-    ({"strategy": "sample", "temperature": 0}, "temperature", "above 0"),
+    ({"strategy": "sample", "temperature": 0}, "temperature", "from 0.001 to 1000"),
+    ({"strategy": "beam_search", "length_penalty": 1000}, "length_penalty", "from -10 to 10"),
     ({"strategy": "sample", "top_p": 1.5}, "top_p", "at most 1"),
     ({"strategy": "sample", "top_k": 0}, "top_k", "of at least 1"),
     ({"strategy": "sample", "min_p": float("nan")}, "min_p", "never nan"),
@@ -156,7 +157,7 @@ def test_whole_numbers_become_what_the_library_takes():
 
 
 def test_the_lab_that_is_shipped_has_every_strategy_that_needs_nothing_of_the_users():
-    lab = load_lab("decoding_lab.yaml", {"max_new_tokens": 7})
+    lab = load_lab("decoding.yaml", {"max_new_tokens": 7})
     assert {s.strategy for s in lab.values()} == set(STRATEGIES) - {"constrained_beam_search"}
     assert {s.values["max_new_tokens"] for s in lab.values()} == {7}
 
