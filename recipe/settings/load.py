@@ -31,8 +31,8 @@ def find_config(name: str, *, flag: str = "--config", inside: str = "") -> Path:
         if _is_file(path):
             return path
     there = ", ".join(sorted(path.name for path in folder.glob("*.yaml"))) or "nothing"
-    inside = Path(name) / "settings.yaml"
-    remedy = f"Use {inside}." if _is_file(inside) else f"configs/{inside} holds {there}."
+    kept = Path(name) / "settings.yaml"
+    remedy = f"Use {kept}." if _is_file(kept) else f"configs/{inside} holds {there}."
     raise UserError.single(f"{flag} {name!r}", f"no such file. {remedy}")
 
 
