@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from recipe.data.formats import Message
 from recipe.data.prompts import Prompt, Shot, prompt_text
 from recipe.data.templates import Template, build_template
-from recipe.decoding.decode import Decoder, Encoded
+from recipe.decoding.decode import Decoder
 from recipe.decoding.stopping import Interruption
+from recipe.decoding.task import Encoded
 from recipe.model.checkpoint import load_base, load_tokenizer
 from recipe.settings import GenerationSettings, ModelSettings, Problem, UserError
 from recipe.sharing.adapter_folder import load_adapter, newest_adapter, read_receipt

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from recipe.answerer import Answerer, load_assistant
 from recipe.data.prompts import Prompt, Shot
-from recipe.decoding.decode import Answer, Decoder, Encoded
+from recipe.decoding.decode import Decoder
 from recipe.decoding.stopping import Interruption
 from recipe.decoding.stream import Stream
+from recipe.decoding.task import Answer, Encoded
 from recipe.settings import GenerationSettings, UserError
 
 _Show = Callable[[list[Answer]], None]

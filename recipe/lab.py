@@ -15,8 +15,8 @@ import torch
 
 from recipe.answerer import Answerer, load_assistant
 from recipe.data.prompts import Prompt, Shot
-from recipe.decoding.decode import Answer, Encoded
 from recipe.decoding.stopping import Interruption
+from recipe.decoding.task import Answer, Encoded
 from recipe.judging.answers import distinct, log_probability, repetition
 from recipe.settings import GenerationSettings, UserError
 

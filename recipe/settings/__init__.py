@@ -4,13 +4,7 @@ Imports no library that it validates against: a mistake is told in a fraction of
 """
 
 from recipe.settings.dump import dump
-from recipe.settings.generation import (
-    STRATEGIES,
-    TOGETHER,
-    GenerationSettings,
-    generation_keys,
-    generation_settings,
-)
+from recipe.settings.generation import GenerationSettings, generation_keys, generation_settings
 from recipe.settings.lab import load_lab
 from recipe.settings.load import find_config, load_settings
 from recipe.settings.option import Absent, Option
@@ -18,6 +12,7 @@ from recipe.settings.problem import Problem, RunFailed, UserError
 from recipe.settings.row_range import row_range
 from recipe.settings.schema import DataSettings, ModelSettings, Settings, plain
 from recipe.settings.sections import SECTIONS, options
+from recipe.settings.strategies import STRATEGIES, TOGETHER
 
 __all__ = [
     "SECTIONS",

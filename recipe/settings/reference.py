@@ -5,10 +5,10 @@
 A test fails when the file is stale.
 """
 
-from recipe.settings.generation import REFUSED, STRATEGIES, USES
 from recipe.settings.option import Absent, Option
 from recipe.settings.refused import LORA, TRAINING
 from recipe.settings.sections import SECTIONS, options
+from recipe.settings.strategies import REFUSED, STRATEGIES, USES
 
 _HEAD = """\
 # Options

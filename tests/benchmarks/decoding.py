@@ -26,7 +26,7 @@ from transformers import GenerationConfig  # noqa: E402
 
 from recipe.answerer import STARTER, Answerer, load_answerer  # noqa: E402
 from recipe.data.prompts import Prompt  # noqa: E402
-from recipe.decoding.decode import Encoded, eos_token_ids  # noqa: E402
+from recipe.decoding.task import Encoded, eos_token_ids  # noqa: E402
 from recipe.settings import generation_settings  # noqa: E402
 
 Ids = list[list[int]]

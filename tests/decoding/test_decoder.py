@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.generation import candidate_generator
 
-from recipe.decoding.decode import Decoder, Encoded
+from recipe.decoding.decode import Decoder
+from recipe.decoding.task import Encoded
 from recipe.settings import generation_settings
 from tests.decoding.test_dola import reference as dola_reference
 from tests.decoding.toys import EOS, Letters, log_probabilities, toy

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from recipe.decoding.decode import Encoded, left_padded
 from recipe.decoding.steps import Steps
+from recipe.decoding.task import Encoded, left_padded
 from recipe.settings import RunFailed
 
 PROMPTS = [[5, 9, 200, 31], [7], [300, 301, 302, 303, 304, 305, 306, 12], [11, 12]]

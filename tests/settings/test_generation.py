@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 from recipe.settings import STRATEGIES, UserError, generation_keys, generation_settings, load_lab
-from recipe.settings.generation import REFUSED, USES
+from recipe.settings.strategies import REFUSED, USES
 from tests.refusal import problems
 
 # Keys that are ours, or arguments of generate() itself.
