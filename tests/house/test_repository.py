@@ -42,7 +42,7 @@ def test_the_three_configs_are_there():
 def test_what_readme_names_exists():
     readme = (REPOSITORY / "README.md").read_text()
     targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"\bmake ([a-z][\w-]*)", readme)) <= targets
+    assert set(re.findall(r"(?:^|`|\$ )make ([a-z][\w-]*)", readme, re.M)) <= targets
     for name in set(re.findall(r"\b((?:recipe|configs|launch|tests|docs)/[\w./-]+\w)", readme)):
         assert (REPOSITORY / name).exists(), name
 

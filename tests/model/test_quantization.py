@@ -6,6 +6,7 @@ from recipe.answerer import load_answerer
 from recipe.finetune import finetune
 from recipe.settings import load_settings
 from recipe.sharing.adapter_folder import read_receipt
+from tests.asking import ask_one
 
 QUANTIZATIONS = {
     "nf4": {
@@ -28,6 +29,6 @@ def test_trains_and_answers(write_config, tmp_path, name):
         adapter=str(folder / "adapter"), model=None, template=None, runs=tmp_path
     )
     assert answerer.model.get_base_model().is_quantized
-    text, reason = answerer.answer("Name a fruit.", max_new_tokens=3, stream=False)
-    assert reason in ("eos", "length")
-    assert isinstance(text, str)
+    answer = ask_one(answerer, "Name a fruit.", max_new_tokens=3)
+    assert answer.finish_reason in ("eos", "length")
+    assert 1 <= len(answer.ids) <= 3

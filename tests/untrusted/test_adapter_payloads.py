@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from recipe.answerer import load_answerer
 from recipe.sealed import damage
+from tests.asking import ask_one
 from tests.untrusted.payload import Payload, code_beside, edit, load, pickled, reseal, zipped
 
 pytestmark = pytest.mark.usefixtures("nothing_runs")
@@ -28,7 +29,7 @@ def adapter(tiny_checkpoint, tmp_path):
 
 def ask(adapter):
     answerer = load_answerer(adapter=str(adapter), model=None, template=None, runs=adapter)
-    answerer.answer("Hello", max_new_tokens=2, stream=False)
+    ask_one(answerer, "Hello", max_new_tokens=2)
 
 
 def test_the_adapter_itself_answers(adapter):

@@ -15,6 +15,7 @@ from recipe.data.rows import read_rows
 from recipe.model.checkpoint import load_tokenizer
 from recipe.settings import DataSettings, ModelSettings, load_settings
 from recipe.train import main as train
+from tests.asking import ask_one
 from tests.untrusted.payload import Payload, code_beside, edit, load, pickled, zipped
 
 pytestmark = pytest.mark.usefixtures("nothing_runs")
@@ -136,7 +137,7 @@ def test_what_a_checkpoint_has_besides_is_not_looked_at(copy, marker, code, tiny
         for left, right in zip(found.parameters(), expected.parameters(), strict=True)
     )
     answerer = load_answerer(adapter="none", model=str(copy), template="alpaca", runs=copy)
-    answerer.answer("Hello", max_new_tokens=2, stream=False)
+    ask_one(answerer, "Hello", max_new_tokens=2)
 
 
 def tokenizer_of_its_own(folder, code, tokenizer_class):
