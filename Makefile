@@ -56,7 +56,8 @@ test-gpu: setup .venv/.dev ## the tests that need a CUDA device
 
 fuzz: setup .venv/.dev ## 5,000 hypothesis inputs for each part of settings and data (about an hour)
 	@$(PY) -m pytest -q --hypothesis-profile=deep --hypothesis-show-statistics \
-		tests/settings/test_fuzz.py tests/data/test_fuzz.py $(ARGS)
+		tests/settings/test_fuzz.py tests/settings/test_generation_fuzz.py \
+		tests/data/test_fuzz.py $(ARGS)
 
 lint: .venv/.dev
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

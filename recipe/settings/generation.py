@@ -118,7 +118,7 @@ def generation_keys(texts: Sequence[str]) -> dict[str, Any]:
         where = one_line(key)
         if not equals or not key.isidentifier() or not value.strip():
             said = "expected key=value, such as temperature=0.7. Correct it."
-            problems.append(Problem(one_line(text), said))
+            problems.append(Problem(repr(text), said))
         elif key in found:
             problems.append(Problem(where, "stands twice. Keep one."))
         else:

@@ -12,7 +12,7 @@ from typing import Any
 from recipe.settings.generation import GenerationSettings, generation_settings
 from recipe.settings.load import find_config, text_of
 from recipe.settings.problem import Problem, UserError
-from recipe.settings.yaml_text import Document, dotted, one_line, read
+from recipe.settings.yaml_text import Document, KeyPath, dotted, one_line, read
 
 _SECTIONS = ("generation", "strategies")
 
@@ -50,7 +50,7 @@ def _shape_problems(document: Document, name: str) -> list[Problem]:
     values = document.values
     problems = [
         Problem(
-            f"{name}:{document.lines[(key,)]}: {one_line(key)}",
+            _place(document, name, (key,)),
             f"unknown section. Choose among {', '.join(_SECTIONS)}.",
         )
         for key in values
@@ -64,7 +64,7 @@ def _shape_problems(document: Document, name: str) -> list[Problem]:
         strategies = {}
     problems += [
         Problem(
-            f"{name}:{document.lines[('strategies', label)]}: strategies.{one_line(label)}",
+            _place(document, name, ("strategies", label)),
             "expected keys, such as {strategy: greedy_search}.",
         )
         for label, own in strategies.items()
@@ -80,7 +80,11 @@ def _where(document: Document, name: str, label: str, overridden: frozenset[str]
         return key
     for path in (("strategies", label, key), ("generation", key), ("strategies", label)):
         if path in document.lines:
-            return f"{name}:{document.lines[path]}: {dotted(path)}" + (
-                "" if path[-1] == key else f".{key}"
-            )
-    return key
+            missing = () if path[-1] == key else (key,)
+            return _place(document, name, path) + "".join(f".{one_line(part)}" for part in missing)
+    return f"{name}: {dotted(('strategies', label, key))}"
+
+
+def _place(document: Document, name: str, path: KeyPath) -> str:
+    line = f":{document.lines[path]}" if path in document.lines else ""
+    return f"{name}{line}: {dotted(path)}"

@@ -195,7 +195,7 @@ WRONG = {
         "num_return_sequences: above num_beams=4.",
     ),
     "unknown key": (["--prompt", "a", "topp=1"], "topp: unknown key. Did you mean top_p?"),
-    "no value": (["--prompt", "a", "top_p"], "top_p: expected key=value"),
+    "no value": (["--prompt", "a", "top_p"], "'top_p': expected key=value"),
     "key twice": (["--prompt", "a", "seed=1", "seed=2"], "seed: stands twice."),
     "refused": (["--prompt", "a", "max_length=9"], "max_length: counts the prompt too."),
     "no tokens": (["--prompt", "a", "max_new_tokens=0"], "max_new_tokens: expected a whole number"),

@@ -170,10 +170,10 @@ def test_keys_are_read_as_yaml():
 @pytest.mark.parametrize(
     ("texts", "fragment"),
     [
-        (["top_p"], "top_p: expected key=value"),
-        (["top_p="], "top_p=: expected key=value"),
-        (["=1"], "=1: expected key=value"),
-        (["a.b=1"], "a.b=1: expected key=value"),
+        (["top_p"], "'top_p': expected key=value"),
+        (["top_p="], "'top_p=': expected key=value"),
+        (["=1"], "'=1': expected key=value"),
+        (["a.b=1"], "'a.b=1': expected key=value"),
         (["top_p=1", "top_p=1"], "top_p: stands twice."),
         (["top_p=[1"], "top_p: not valid YAML"),
         (["top_p=!!python/object:os.system x"], "top_p: tag"),
