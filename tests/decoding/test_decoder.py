@@ -227,6 +227,31 @@ def test_a_stop_string_is_looked_for_in_the_answer_alone(model, given):
     assert stops
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"strategy": "beam_search", "num_beams": 2},
+        {"strategy": "beam_sample", "num_beams": 2},
+        {"strategy": "assisted_generation", "prompt_lookup_num_tokens": 2},
+    ],
+    ids=str,
+)
+def test_the_librarys_loops_end_at_a_stop_string_too(model, given):
+    """Every letter is one, so nothing is read behind the first token."""
+    reads = []
+    handle = model.register_forward_pre_hook(lambda *_: reads.append(1))
+    try:
+        letters = [Letters().decode([token]) for token in range(1, 12)]
+        ((answer,),) = decoder(model, **given, stop_strings=letters, suppress_tokens=[EOS]).answers(
+            PROMPTS[:1], batch_size=1
+        )
+    finally:
+        handle.remove()
+    assert answer.finish_reason == "stop"
+    assert len(answer.ids) == 1
+    assert len(reads) <= 2
+
+
 def test_neighbours_change_nothing_where_a_processor_reads_the_padding(model):
     for given in (
         {"no_repeat_ngram_size": 1, "exponential_decay_length_penalty": [2, 1.6]},

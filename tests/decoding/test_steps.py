@@ -62,6 +62,28 @@ def test_rows_can_be_left_out_doubled_and_reordered(model, use_cache):
             assert torch.allclose(logits[row], model(torch.tensor([text])).logits[0, -1], atol=1e-4)
 
 
+@torch.no_grad()
+def test_positions_count_from_a_rows_own_first_token(model):
+    """RoPE looks at distances alone, so the logits would not show it."""
+    ids, mask = left_padded(
+        [Encoded(i, p) for i, p in enumerate(PROMPTS)], pad=1, device=torch.device("cpu")
+    )
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda _, __, named: seen.append(named["position_ids"]), with_kwargs=True
+    )
+    try:
+        steps = Steps(model, ids, mask)
+        steps.read()
+        steps.append(torch.tensor([3, 4, 5, 6]))
+        steps.read()
+    finally:
+        handle.remove()
+    for row, prompt in enumerate(PROMPTS):
+        assert seen[0][row, -len(prompt) :].tolist() == list(range(len(prompt)))
+        assert seen[1][row].tolist() == [len(prompt)]
+
+
 def test_nan_ends_it(model):
     broken = LlamaForCausalLM(model.config)
     broken.load_state_dict(model.state_dict())
