@@ -105,6 +105,19 @@ def test_one_group_and_no_constraint_are_the_librarys_beam_search(seed, width, n
         assert [one.score for one in found] == pytest.approx(scores[: len(found)], abs=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_one_beam_is_greedy_search(seed):
+    model = toy(vocabulary=12, seed=seed, spread=0.3)
+    text = list(PROMPT)
+    while len(text) < len(PROMPT) + 9 and (len(text) == len(PROMPT) or text[-1] != EOS):
+        text.append(int(log_probabilities(model, text).argmax()))
+    for found in (
+        grouped(model, 9, num_beams=1, num_beam_groups=1),
+        constrained(model, 9, [], num_beams=1),
+    ):
+        assert [one.ids for one in found] == [text[len(PROMPT) :]]
+
+
 def reference_groups(model, length, *, num_beams, num_beam_groups, diversity_penalty):
     """Algorithm 1 of Vijayakumar et al., on lists; nothing ends before ``length``."""
     width = num_beams // num_beam_groups
