@@ -121,7 +121,7 @@ def _to_screen(
     decoder: Decoder, prompts: Sequence[Prompt], encoded: Sequence[Encoded], batch_size: int
 ) -> None:
     single = len(prompts) == 1
-    stream = _stream(decoder) if single and decoder.can_stream else None
+    stream = decoder.stream_to(_write_now) if single else None
     pace = _Pace()
 
     def show(answers: list[Answer]) -> None:
@@ -199,14 +199,10 @@ def _answer(
         print(f"{fewer} prompts have fewer than {asked} different answers", file=sys.stderr)
 
 
-def _stream(decoder: Decoder) -> Stream:
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
-    drafted = decoder.settings.strategy == "assisted_generation"
-    stops = decoder.stop.stop_strings
-    return Stream(decoder.tokenizer, write, stop_strings=stops, skip_prompt=drafted)
+def _write_now(piece: str) -> None:
+    """A piece of an answer, on the screen at once."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
 
 
 def _first_line(text: str) -> str:

@@ -10,7 +10,6 @@ from recipe.answerer import Answerer, load_assistant
 from recipe.data.formats import Message
 from recipe.data.prompts import Prompt, Shot, sound_prompt
 from recipe.decoding.stopping import Interruption
-from recipe.decoding.stream import Stream
 from recipe.settings import GenerationSettings, UserError
 
 _HELP = "/reset forgets the conversation, /exit ends it (so does Ctrl-D); Ctrl-C stops an answer."
@@ -62,15 +61,7 @@ def _reply(
     interruption = Interruption()
     decoder = answerer.decoder(settings, assistant=assistant, interruption=interruption)
     encoded = answerer.encode([prompt], shots=shots, before=before)
-    stream = None
-    if decoder.can_stream:
-        drafted = settings.strategy == "assisted_generation"
-        stream = Stream(
-            answerer.tokenizer,
-            _write,
-            stop_strings=decoder.stop.stop_strings,
-            skip_prompt=drafted,
-        )
+    stream = decoder.stream_to(_write)
     started = time.perf_counter()
     with interruption.listening():
         ((answer,),) = decoder.answers(encoded, batch_size=1, stream=stream)

@@ -7,7 +7,7 @@ and stop. All get their logits processors from ``generate``, so filters apply in
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,14 @@ class Decoder(Task):
         """Beams change their minds about words that were already written."""
         one = self.values.get("num_return_sequences", 1) == 1
         return one and "num_beams" not in self.values
+
+    def stream_to(self, write: Callable[[str], None]) -> Stream | None:
+        """What shows one answer as it comes; None where the strategy cannot."""
+        if not self.can_stream:
+            return None
+        drafted = self.settings.strategy == "assisted_generation"
+        stops = self.stop.stop_strings
+        return Stream(self.tokenizer, write, stop_strings=stops, skip_prompt=drafted)
 
     def check(self, prompts: Sequence[Encoded]) -> None:
         """Whatever can be known before the first token.
