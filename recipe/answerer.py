@@ -20,9 +20,11 @@ from recipe.data.templates import Template, build_template
 from recipe.decoding.decode import Decoder
 from recipe.decoding.stopping import Interruption
 from recipe.decoding.task import Encoded
-from recipe.model.checkpoint import load_base, load_tokenizer
+from recipe.model.checkpoint import load_base, load_config, load_tokenizer
 from recipe.settings import GenerationSettings, ModelSettings, Problem, UserError
-from recipe.sharing.adapter_folder import load_adapter, newest_adapter, read_receipt
+from recipe.sharing.adapter_folder import load_adapter, newest_adapter
+from recipe.sharing.receipt import read_receipt
+from recipe.sharing.verification import Verification, base_settings
 
 STARTER = "models/smollm2-135m-instruct"
 # The flattened batch's attention knows no cache; decoding takes the library's.
@@ -34,7 +36,7 @@ class Answerer:
     """Holds what answers.
 
     ``name`` is ``adapter`` or ``base``, ``described`` says the same for the screen, ``folder`` is
-    the adapter's and None for the base.
+    the adapter's and None for the base, ``verification`` holds the checks that it passed.
     """
 
     model: Any
@@ -43,6 +45,7 @@ class Answerer:
     described: str
     name: str
     folder: Path | None = None
+    verification: Verification | None = None
 
     def encode(
         self,
@@ -96,24 +99,47 @@ def load_answerer(
 
     Args:
         adapter: its folder; ``none`` for the base; None for the newest under ``runs``.
-        model: with ``none``, the base; None for that of the newest adapter, else the starter.
-        template: None for the adapter's own; with ``none``, for the tokenizer's chat template, or
-            raw text without one.
+        model: where the base lies, if not where the adapter says; with ``none``, the base, and None
+            for that of the newest adapter, else the starter.
+        template: None for the adapter's own, which one saved by plain peft does not name; with
+            ``none``, for the tokenizer's chat template, or raw text without one.
 
     Raises:
-        UserError: nothing is there, or a file of the adapter changed.
+        UserError: nothing is there.
+        NotVerified: the adapter fails one of the cheap checks.
     """
     if adapter == "none":
         return _base_alone(_base_settings(model, runs), template)
-    folder = _adapter_folder(Path(adapter)) if adapter else newest_adapter(runs)
-    receipt = read_receipt(folder)
-    settings = _settings(receipt["base"])
-    tokenizer = load_tokenizer(settings)
-    tuned = load_adapter(load_base(settings), folder).eval()
-    chosen = _template(template or receipt["template"], tokenizer)
-    other = f" (trained with {receipt['template']})" if chosen.name != receipt["template"] else ""
-    described = f"{folder} on {settings.name_or_path}, {chosen.name} template{other}"
-    return Answerer(_on_device(tuned), tokenizer, chosen, described, "adapter", folder)
+    return _tuned(
+        adapter_folder(Path(adapter)) if adapter else newest_adapter(runs), model, template
+    )
+
+
+def _tuned(folder: Path, model: str | None, template: str | None) -> Answerer:
+    verification = Verification(folder)
+    lora = verification.files()
+    receipt = verification.receipt
+    name = template or (receipt.template if receipt else None)
+    if name is None:
+        raise UserError.single(
+            "--template",
+            f"{folder} was saved by plain peft and does not say with which template it was "
+            "trained. Name it: alpaca, chat or raw.",
+        )
+    settings = _with_attention(base_settings(verification, lora, model))
+    verification.tensors(load_config(settings), lora)
+    tokenizer, base = load_tokenizer(settings), load_base(settings)
+    if receipt:
+        verification.base(base, tokenizer, build_template(receipt.template, tokenizer))
+    tuned = load_adapter(base, folder).eval()
+    chosen = _template(name, tokenizer)
+    notes = f" (trained with {receipt.template})" if receipt and receipt.template != name else ""
+    if verification.unproven:
+        notes += f" · unproven: {verification.unproven}"
+    described = f"{folder} on {settings.name_or_path}, {name} template{notes}"
+    return Answerer(
+        _on_device(tuned), tokenizer, chosen, described, "adapter", folder, verification
+    )
 
 
 def load_assistant(path: str, answerer: Answerer) -> Any:
@@ -148,7 +174,7 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
         return build_template(name, tokenizer)
 
 
-def _adapter_folder(named: Path) -> Path:
+def adapter_folder(named: Path) -> Path:
     """A run's folder stands for the adapter in it."""
     return named / "adapter" if (named / "adapter").is_dir() else named
 
@@ -168,11 +194,15 @@ def _base_settings(model: str | None, runs: Path) -> ModelSettings:
         newest = newest_adapter(runs)
     except UserError:  # there is none
         return _settings({"name_or_path": STARTER})
-    return _settings(read_receipt(newest)["base"])
+    return _with_attention(read_receipt(newest).base)
 
 
 def _settings(base: dict[str, Any]) -> ModelSettings:
-    return ModelSettings(**{**base, "attn_implementation": _ATTENTION})
+    return _with_attention(ModelSettings(**base))
+
+
+def _with_attention(base: ModelSettings) -> ModelSettings:
+    return base.model_copy(update={"attn_implementation": _ATTENTION})
 
 
 def _on_device(model: Any) -> Any:

@@ -9,9 +9,11 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
@@ -24,6 +26,7 @@ from recipe.run_account import Run, conclusion, introduction, manifest_facts, re
 from recipe.run_data import Data, load_data
 from recipe.settings import Settings, UserError
 from recipe.sharing.adapter_folder import save_adapter
+from recipe.sharing.probes import Probe, encode_probes, make_probes, next_token_logits
 from recipe.training.arguments import training_arguments
 from recipe.training.checkpoints import LOG_STATE, SealCheckpoints, check_same_run, find_checkpoint
 from recipe.training.loss import TokenLoss
@@ -77,6 +80,7 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     if main_process and resumed is None:
         write_settings(folder, settings)
         write_manifest(folder, **manifest_facts(run))
+    base_says = _base_says(run, base_changed=prepared.initial is not None)
     before = _take_up(trainer, log, resumed) if resumed else _held_out_perplexity(trainer)
     if resumed:
         say(f"resumed   from {resumed}")
@@ -87,7 +91,8 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     if main_process:
         plot_loss(log.file, folder / "loss.png", title=f"{settings.name} · {folder.name}")
         start = Path(prepared.initial.name) if prepared.initial else None
-        save_adapter(trainer.model, folder / "adapter", receipt(run), initial=start)
+        probes = _probes(run, base_says)
+        save_adapter(trainer.model, folder / "adapter", receipt(run, folder, probes), initial=start)
         _note_unchanged(trainer, log)
     seconds = time.perf_counter() - started
     say("\n".join(conclusion(run, log, folder, before=before, after=after, seconds=seconds)))
@@ -199,6 +204,23 @@ def _train(trainer: TokenWeightedTrainer, resumed: Path | None) -> None:
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     weights = load_file(Path(best or resumed) / "adapter_model.safetensors")
     set_peft_model_state_dict(trainer.model, weights)
+
+
+def _base_says(run: Run, *, base_changed: bool) -> torch.Tensor:
+    """The base's logits for the probes, before anything is trained.
+
+    Args:
+        base_changed: PiSSA and OLoRA took their start out of the base; only with it is it whole.
+    """
+    _, rows = encode_probes(run.data.template, run.data.tokenizer)
+    with nullcontext() if base_changed else run.model.disable_adapter():
+        return next_token_logits(run.model, rows)
+
+
+def _probes(run: Run, base_says: torch.Tensor) -> list[Probe]:
+    texts, rows = encode_probes(run.data.template, run.data.tokenizer)
+    tuned = next_token_logits(run.model, rows)
+    return make_probes(texts, rows, base=base_says, tuned=tuned)
 
 
 def _note_unchanged(trainer: TokenWeightedTrainer, log: RunLog) -> None:

@@ -102,11 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--adapter", help="an adapter's folder, or none; default: the newest run's")
     add("--with", dest="who", metavar="base,adapter", help="who answers, from one load")
-    add("--model", help="the base, with --adapter none; default: the newest adapter's base")
+    add(
+        "--model",
+        help="where the base lies, if not where the adapter says; with --adapter none, the base: "
+        "the newest adapter's unless said",
+    )
     add(
         "--template",
         choices=["alpaca", "chat", "raw"],
-        help="with --adapter none; an adapter has its own, and takes raw beside it",
+        help="with --adapter none, or for an adapter saved by plain peft; one of this recipe has "
+        "its own, and takes raw beside it",
     )
     add(
         "--lab",
@@ -176,9 +181,7 @@ def _flag_problems(args: argparse.Namespace) -> list[Problem]:
         said = f"expected one of these, found {found}. Write --prompt TEXT."
         wrong(", ".join(_PROMPT_FLAGS), said)
     if args.adapter != "none":
-        if args.model:
-            wrong("--model", "an adapter brings its own base. Leave it out, or --adapter none.")
-        if args.template not in (None, "raw"):
+        if args.template not in (None, "raw") and not _by_plain_peft(args.adapter):
             said = "an adapter brings its own template. Leave it out, or --adapter none."
             wrong("--template", said)
     elif args.who:
@@ -196,6 +199,15 @@ def _flag_problems(args: argparse.Namespace) -> list[Problem]:
     if args.output and args.output != "-" and (objection := _output_objection(args.output)):
         wrong("--output", objection)
     return problems
+
+
+def _by_plain_peft(adapter: str | None) -> bool:
+    """Whether the adapter is a folder without the receipt that names its template."""
+    if not adapter:
+        return False
+    # os.path, because Path's own raise where a name is too long for any file system.
+    config, receipt = (f"{adapter}/{name}.json" for name in ("adapter_config", "recipe"))
+    return os.path.isfile(config) and not os.path.isfile(receipt)  # noqa: PTH113
 
 
 def _given(args: argparse.Namespace, flag: str) -> bool:

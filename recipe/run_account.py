@@ -1,6 +1,7 @@
 """What a run says of itself: on the screen, in ``manifest.json`` and in ``recipe.json``."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,11 +11,13 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 import recipe
+from recipe.data.fingerprint import template_sha256, tokenizer_sha256
 from recipe.memory.probe import in_words, peak_memory
 from recipe.model.checkpoint import generation_config_notes
 from recipe.model.lora import dtype_plan, total_parameters, trainable_parameters
 from recipe.run_data import Data, left_out, summary
 from recipe.settings import Settings, plain
+from recipe.sharing.probes import Probe
 from recipe.training.machine import device_name, idle_threads
 from recipe.training.run_log import RunLog
 
@@ -120,21 +123,29 @@ def manifest_facts(run: Run) -> dict[str, Any]:
     }
 
 
-def receipt(run: Run) -> dict[str, Any]:
-    """What a later load needs to answer as the run was trained."""
+def receipt(run: Run, folder: Path, probes: Sequence[Probe]) -> dict[str, Any]:
+    """The fields of ``recipe.json`` that the run knows; see ``recipe.sharing.receipt``."""
     model = run.settings.model
+    commit = getattr(run.model.config, "_commit_hash", None)
     return {
         "recipe": recipe.__version__,
         "base": {
             "name_or_path": model.name_or_path,
-            "revision": model.revision,
+            "revision": commit or model.revision,
             "dtype": model.dtype,
             "quantization": plain(model.quantization),
         },
         "template": run.data.template.name,
         "trainable_parameters": trainable_parameters(run.model),
         "data_sha256": run.data.rows.sha256,
+        "manifest_sha256": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "proof": {
+            "base_sha256": run.base_sha256,
+            "tokenizer_sha256": tokenizer_sha256(run.data.tokenizer),
+            "template_sha256": template_sha256(run.data.template),
+            "probes": [probe.model_dump() for probe in probes],
+        },
     }
 
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from recipe.model import attention
+from recipe.model.quantization import keep_layout
 from recipe.settings import ModelSettings, Problem, UserError, plain
 
 _WHERE = "model.name_or_path"
@@ -100,6 +101,7 @@ def load_base(settings: ModelSettings) -> LlamaForCausalLM:
             output_loading_info=True,
         )
     _check_all_loaded(settings, loading)
+    keep_layout(model)
     # A cache would be filled and thrown away at each training step.
     model.config.use_cache = False
     held = model.generation_config

@@ -40,7 +40,10 @@ def add_lora(
     for key in ("target_modules", "modules_to_save"):
         _check_names(base, key, lora.get(key))
     try:
-        model = get_peft_model(base, LoraConfig(**{"task_type": "CAUSAL_LM", **plain(lora)}))
+        config = LoraConfig(**{"task_type": "CAUSAL_LM", **plain(lora)})
+        # peft keeps no revision by itself, and AutoPeftModel would take the base's main branch.
+        revision = getattr(base.config, "_commit_hash", None)
+        model = get_peft_model(base, config, revision=revision)
     except (ValueError, TypeError, re.error, NotImplementedError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError.single(

@@ -200,7 +200,6 @@ WRONG = {
     "refused": (["--prompt", "a", "max_length=9"], "max_length: counts the prompt too."),
     "no tokens": (["--prompt", "a", "max_new_tokens=0"], "max_new_tokens: expected a whole number"),
     "no batch": (["--prompt", "a", "--batch-size", "0"], "--batch-size: 0 is below 1."),
-    "a model beside the adapter": (["--prompt", "a", "--model", "x"], "--model: an adapter brings"),
     "a template beside the adapter": (
         ["--prompt", "a", "--template", "chat"],
         "--template: an adapter brings its own template.",

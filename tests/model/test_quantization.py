@@ -5,7 +5,7 @@ import pytest
 from recipe.answerer import load_answerer
 from recipe.finetune import finetune
 from recipe.settings import load_settings
-from recipe.sharing.adapter_folder import read_receipt
+from recipe.sharing.receipt import read_receipt
 from tests.asking import ask_one
 
 QUANTIZATIONS = {
@@ -21,10 +21,13 @@ QUANTIZATIONS = {
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_trains_and_answers(write_config, tmp_path, name):
-    config = write_config(model={"quantization": QUANTIZATIONS[name]})
+    # The evaluation before training is a forward pass without gradient; see keep_layout.
+    config = write_config(
+        model={"quantization": QUANTIZATIONS[name]}, data={"rows": "0:8", "held_out": "8:12"}
+    )
     folder = finetune(load_settings(str(config)))
     receipt = read_receipt(folder / "adapter")
-    assert receipt["base"]["quantization"] == QUANTIZATIONS[name]
+    assert receipt.base.quantization == QUANTIZATIONS[name]
     answerer = load_answerer(
         adapter=str(folder / "adapter"), model=None, template=None, runs=tmp_path
     )

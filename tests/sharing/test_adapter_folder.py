@@ -9,7 +9,9 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from recipe.finetune import finetune
 from recipe.settings import UserError, load_settings
-from recipe.sharing.adapter_folder import newest_adapter, read_receipt
+from recipe.sharing.adapter_folder import newest_adapter
+from recipe.sharing.receipt import read_receipt
+from recipe.verify import verified
 
 VARIANTS = {
     "plain": {},
@@ -25,6 +27,12 @@ VARIANTS = {
     "trained head": {"modules_to_save": ["lm_head"]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
 }
+
+
+CHECKS = [
+    "whole", "config", "keys", "shapes", "finite", "effect",
+    "base", "tokenizer", "template", "probes",
+]  # fmt: skip
 
 
 class Logits(TrainerCallback):
@@ -52,13 +60,17 @@ def test_stock_peft_brings_the_trained_model_back(write_config, tiny_checkpoint,
         untrained = LlamaForCausalLM.from_pretrained(tiny_checkpoint)(Logits.IDS).logits
     torch.testing.assert_close(again, logits.kept, rtol=1e-4, atol=1e-4)
     assert (again - untrained).abs().max() > 0.05
+    # And the recipe, which loads both anew, finds what it wrote.
+    found = verified(str(folder), model=None, runs=folder).verification
+    assert [check for check, _ in found.passed] == CHECKS
+    assert found.unproven is None
 
 
 def test_the_receipt_carries_base_and_template(write_config, tiny_checkpoint):
     folder = finetune(load_settings(str(write_config(data={"template": "chat"}))))
     receipt = read_receipt(folder / "adapter")
-    assert receipt["base"]["name_or_path"] == str(tiny_checkpoint)
-    assert receipt["template"] == "chat"
+    assert receipt.base.name_or_path == str(tiny_checkpoint)
+    assert receipt.template == "chat"
     config = json.loads((folder / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_checkpoint)
 

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("nothing_runs")
 @pytest.fixture
 def adapter(tiny_checkpoint, tmp_path):
     folder = tmp_path / "run/adapter"
-    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     get_peft_model(load(tiny_checkpoint), lora).save_pretrained(folder)
     base = {"name_or_path": str(tiny_checkpoint), "dtype": "float32"}
     (folder / "recipe.json").write_text(json.dumps({"base": base, "template": "alpaca"}))

@@ -1,0 +1,261 @@
+"""Whether an adapter still is what it was when it was trained, check by check.
+
+The cheap checks run at every load: files, configuration, names, shapes and values of the tensors,
+and the hashes of base, tokenizer and template. ``verify`` adds the probes: what base and tuned
+model answer to fixed prompts, against what they answered when the adapter was saved.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from recipe.data.fingerprint import template_sha256, tokenizer_sha256
+from recipe.data.templates import Template
+from recipe.model.fingerprint import weights_sha256
+from recipe.sealed import damage
+from recipe.settings import ModelSettings, Problem, UserError
+from recipe.sharing.adapter_folder import read_config
+from recipe.sharing.probes import compare_probes, encode_probes, next_token_logits, tolerance
+from recipe.sharing.receipt import (
+    ADAPTER_CONFIG,
+    RECEIPT,
+    Receipt,
+    is_sealed,
+    lora_fields,
+    parse_receipt,
+)
+from recipe.sharing.tensors import (
+    WEIGHTS,
+    expected_shapes,
+    not_finite,
+    read_tensors,
+    without_effect,
+    wrong_names,
+    wrong_shapes,
+)
+
+# Reading one of these can run what it holds.
+PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
+_REMEDY = "Use another copy, or train it anew."
+# An adapter that moves the probes by less than this many tolerances could be changed unnoticed.
+_SEEN = 10
+
+
+class NotVerified(UserError):
+    """An adapter failed a check; ``where`` of each problem is the name of the check."""
+
+
+@dataclass
+class Verification:
+    """The checks of one adapter, in the order of the methods.
+
+    ``passed`` are (check, what was found) pairs for the screen. Each method raises ``NotVerified``
+    with every problem of its stage, because the next stage needs it to be sound.
+    """
+
+    folder: Path
+    receipt: Receipt | None = None
+    passed: list[tuple[str, str]] = field(default_factory=list)
+    _problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def unproven(self) -> str | None:
+        """Why nothing says what the adapter should be; None where its receipt does."""
+        if self.receipt is None:
+            return f"it has no {RECEIPT}, as adapters saved by plain peft"
+        return None if self.receipt.proof else f"its {RECEIPT} holds no proof"
+
+    def files(self) -> LoraConfig:
+        """Whole as sealed, no pickle, a configuration of LoRA, and the one that was trained.
+
+        Raises:
+            UserError: there is no adapter; that is no answer to whether it is sound.
+        """
+        if not (self.folder / ADAPTER_CONFIG).is_file():
+            found = f"holds no {ADAPTER_CONFIG}" if self.folder.is_dir() else "is no folder"
+            raise UserError.single(
+                "adapter",
+                f"{self.folder} {found}. Name a run that was finished, or its adapter folder.",
+            )
+        if is_sealed(self.folder):
+            self._check("whole", damage(self.folder), "every file as it was sealed")
+        elif (self.folder / RECEIPT).is_file():
+            self._check("whole", damage(self.folder), "")
+        self._check("files", _unsafe_files(self.folder), "")
+        self._stop()
+        if (self.folder / RECEIPT).is_file():
+            try:
+                self.receipt = parse_receipt(self.folder)
+            except UserError as error:
+                raise NotVerified(Problem("receipt", p.message) for p in error.problems) from error
+        try:
+            lora = read_config(self.folder)
+        except ValueError as error:
+            raise self._failed("config", str(error)) from error
+        if self.receipt and self.receipt.proof:
+            now, then = lora_fields(self.folder), self.receipt.proof.lora
+            self._check("config", _differences(now, then), f"LoRA {_in_words(lora)}, as trained")
+            self._stop()
+        return lora
+
+    def tensors(self, config: LlamaConfig, lora: LoraConfig) -> None:
+        """Those that ``lora`` needs on such a base: names, shapes, finite, not without effect."""
+        try:
+            expected = expected_shapes(config, lora)
+        except ValueError as error:
+            raise self._failed("config", f"peft refuses it for this base: {error}") from error
+        try:
+            tensors = read_tensors(self.folder)
+        except ValueError as error:
+            raise self._failed("files", str(error)) from error
+        self._check(
+            "keys", wrong_names(tensors, expected), f"{len(tensors)} tensors, those the base needs"
+        )
+        self._check("shapes", wrong_shapes(tensors, expected), "as base and rank need them")
+        self._check("finite", not_finite(tensors), "no NaN, no infinity")
+        self._check("effect", without_effect(tensors), "B·A is zero nowhere")
+        self._stop()
+
+    def base(self, base: Any, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+        """The very weights, tokenizer and template that the adapter was trained with.
+
+        Args:
+            base: without the adapter, in the dtype and quantisation that the receipt names.
+        """
+        if self.receipt is None or self.receipt.proof is None:
+            return
+        proof = self.receipt.proof
+        name = self.receipt.base.name_or_path
+        for check, found, trained, what in (
+            ("base", weights_sha256(base), proof.base_sha256, "the base's weights"),
+            ("tokenizer", tokenizer_sha256(tokenizer), proof.tokenizer_sha256, "the tokenizer"),
+            (
+                "template",
+                template_sha256(template),
+                proof.template_sha256,
+                f"the {template.name} template",
+            ),
+        ):
+            wrong = (
+                f"{what} of {tokenizer.name_or_path} differs from what the adapter was trained "
+                f"with ({name}): sha256 {found[:12]}… instead of {trained[:12]}…"
+            )
+            self._check(
+                check, [wrong] if found != trained else [], f"as trained, sha256 {trained[:12]}…"
+            )
+        self._stop("Use the base it was trained with: name it with --model.")
+
+    def answers(self, model: Any, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+        """The probes' token ids, and their logits under the base and under the tuned model."""
+        if self.receipt is None or self.receipt.proof is None:
+            return
+        probes = self.receipt.proof.probes
+        texts, rows = encode_probes(template, tokenizer)
+        same = texts == [p.prompt for p in probes] and rows == [p.input_ids for p in probes]
+        wrong = "the prompts become other text or other token ids than when the adapter was saved"
+        self._check("probes", [] if same else [wrong], "")
+        self._stop()
+        tuned = next_token_logits(model, rows)
+        with model.disable_adapter():
+            base = next_token_logits(model, rows)
+        found, limit = compare_probes(probes, base=base, tuned=tuned), tolerance(model)
+        self._check("probes", _disagreements(found.base, found.tuned, limit), "")
+        self._stop()
+        self.passed.append(
+            (
+                "probes",
+                f"logits of {len(probes)} prompts differ by at most {found.tuned:.1e} from the "
+                f"stored ones, {found.base:.1e} without the adapter (tolerance {limit:g}), in "
+                f"standard deviations; the adapter moves them by up to {found.effect:.2f}",
+            )
+        )
+        if found.effect < _SEEN * limit:
+            self.passed.append(
+                (
+                    "",
+                    "that is so little that these probes could not tell it from another adapter",
+                )
+            )
+
+    def _check(self, check: str, wrong: Iterable[str], passed: str) -> None:
+        problems = [Problem(check, line) for line in wrong]
+        self._problems += problems
+        if passed and not problems:
+            self.passed.append((check, passed))
+
+    def _stop(self, remedy: str = _REMEDY) -> None:
+        if self._problems:
+            raise NotVerified(
+                Problem(one.where, f"{one.message}. {remedy}") for one in self._problems
+            )
+
+    def _failed(self, check: str, line: str) -> NotVerified:
+        self._check(check, [line], "")
+        return NotVerified(Problem(p.where, f"{p.message}. {_REMEDY}") for p in self._problems)
+
+
+def base_settings(verification: Verification, lora: LoraConfig, model: str | None) -> ModelSettings:
+    """The base that the adapter names, or the same one lying at ``model``.
+
+    Raises:
+        UserError: nothing names a base.
+    """
+    receipt = verification.receipt
+    if receipt is None:
+        named = model or lora.base_model_name_or_path
+        if not named:
+            raise UserError.single(
+                "--model", f"{ADAPTER_CONFIG} of {verification.folder} names no base. Name it."
+            )
+        return ModelSettings(name_or_path=named, revision=None if model else lora.revision)
+    if model is None:
+        return receipt.base
+    return receipt.base.model_copy(update={"name_or_path": model, "revision": None})
+
+
+def unsafe_files(folder: Path) -> list[str]:
+    """Files in ``folder`` that could run code when they are read."""
+    return [
+        f"{file.relative_to(folder)} is a pickle, which can run code when it is read"
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in PICKLES
+    ]
+
+
+def _unsafe_files(folder: Path) -> list[str]:
+    wrong = unsafe_files(folder)
+    if not (folder / WEIGHTS).is_file():
+        wrong.append(f"{WEIGHTS} is missing, and nothing else is read")
+    return wrong
+
+
+def _differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    return [
+        f"{ADAPTER_CONFIG}: {key} is {now.get(key)!r}, but the adapter was trained with "
+        f"{then.get(key)!r}"
+        for key in sorted(then)
+        if now.get(key) != then[key]
+    ]
+
+
+def _disagreements(base: float, tuned: float, limit: float) -> list[str]:
+    """``not <=``, because NaN is no agreement."""
+    if not base <= limit:
+        return [
+            f"without the adapter the logits differ by {base:.2g} from the stored ones (tolerance "
+            f"{limit:g}), so this base computes something else than the one it was trained on"
+        ]
+    if not tuned <= limit:
+        return [
+            f"the tuned logits differ by {tuned:.2g} from the stored ones (tolerance {limit:g}), "
+            "though the base's agree: this is not the adapter that was trained"
+        ]
+    return []
+
+
+def _in_words(lora: LoraConfig) -> str:
+    return f"r={lora.r} alpha={lora.lora_alpha}{' DoRA' if lora.use_dora else ''}"
