@@ -15,6 +15,8 @@ LAUNCH ?= --num_processes 1 --num_machines 1 --gpu_ids 0 --mixed_precision no --
 ARGS ?=
 ADAPTER ?=
 STRATEGY ?=
+REPO ?=
+OUTPUT ?=
 
 # A prompt is data: `value` keeps make from expanding $ and the environment keeps the shell from
 # reading quotes and backticks in it. `override` makes both hold for PROMPT=... on the command line.
@@ -26,7 +28,7 @@ STARTER := models/smollm2-135m-instruct
 # Loading never asks a hub for what lies on this disk; nothing here sends usage statistics.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup train infer chat test test-slow test-gpu fuzz check lint types options \
+.PHONY: help setup train infer chat verify inspect merge push pull test test-slow test-gpu fuzz check lint types options \
         bench-starter bench-decoding bench-exactness clean
 
 help: ## print this list
@@ -40,6 +42,21 @@ train: setup ## fine-tune: CONFIG=starter.yaml ARGS="training.num_train_epochs=1
 infer: setup ## answer PROMPT="...": ADAPTER=path or none, STRATEGY=beam_search, ARGS="num_beams=4"
 	@$(PY) recipe/generate.py --prompt="$$PROMPT" $(if $(ADAPTER),--adapter="$(ADAPTER)") \
 		$(if $(STRATEGY),strategy="$(STRATEGY)") $(ARGS)
+
+verify: setup ## is the adapter what was trained, and does it answer as it did? ADAPTER=path or user/name
+	@$(PY) recipe/adapter.py verify $(if $(ADAPTER),"$(ADAPTER)") $(ARGS)
+
+inspect: setup ## how large the adapter's change is, where, and of which rank: ADAPTER, ARGS="--plot a.png"
+	@$(PY) recipe/adapter.py inspect $(if $(ADAPTER),"$(ADAPTER)") $(ARGS)
+
+merge: setup ## base and adapter become one model: OUTPUT=folder, ADAPTER, ARGS="--dtype float16"
+	@$(PY) recipe/adapter.py merge $(if $(ADAPTER),"$(ADAPTER)") --output "$(OUTPUT)" $(ARGS)
+
+push: setup ## publish the adapter, fetch it and verify it: REPO=user/name, ADAPTER, ARGS="--dry-run"
+	@$(PY) recipe/adapter.py push "$(REPO)" $(if $(ADAPTER),--adapter "$(ADAPTER)") $(ARGS)
+
+pull: setup ## fetch an adapter from the hub and verify it: REPO=user/name
+	@$(PY) recipe/adapter.py pull "$(REPO)" $(ARGS)
 
 chat: setup ## talk with the newest adapter in this terminal; ADAPTER, STRATEGY and ARGS as in infer
 	@$(PY) recipe/generate.py --chat $(if $(ADAPTER),--adapter="$(ADAPTER)") \

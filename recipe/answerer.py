@@ -4,9 +4,10 @@ Kept apart from ``generate.py`` because commands do not import commands, and wha
 models answers with them too.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from recipe.decoding.task import Encoded
 from recipe.model.checkpoint import load_base, load_config, load_tokenizer
 from recipe.settings import GenerationSettings, ModelSettings, Problem, UserError
 from recipe.sharing.adapter_folder import load_adapter, newest_adapter
+from recipe.sharing.certificate import template_of_merged
+from recipe.sharing.hub import is_repo_id
+from recipe.sharing.pulled import adapter_at
 from recipe.sharing.receipt import read_receipt
 from recipe.sharing.verification import Verification, base_settings
 
@@ -110,9 +114,7 @@ def load_answerer(
     """
     if adapter == "none":
         return _base_alone(_base_settings(model, runs), template)
-    return _tuned(
-        adapter_folder(Path(adapter)) if adapter else newest_adapter(runs), model, template
-    )
+    return _tuned(adapter_folder(adapter) if adapter else newest_adapter(runs), model, template)
 
 
 def _tuned(folder: Path, model: str | None, template: str | None) -> Answerer:
@@ -125,6 +127,11 @@ def _tuned(folder: Path, model: str | None, template: str | None) -> Answerer:
             "--template",
             f"{folder} was saved by plain peft and does not say with which template it was "
             "trained. Name it: alpaca, chat or raw.",
+        )
+    if receipt and name not in ("raw", receipt.template):
+        raise UserError.single(
+            "--template",
+            f"{name}, but {folder} was trained with {receipt.template}. Leave it out.",
         )
     settings = _with_attention(base_settings(verification, lora, model))
     verification.tensors(load_config(settings), lora)
@@ -140,6 +147,29 @@ def _tuned(folder: Path, model: str | None, template: str | None) -> Answerer:
     return Answerer(
         _on_device(tuned), tokenizer, chosen, described, "adapter", folder, verification
     )
+
+
+def load_full_precision(answerer: Answerer, model: str | None) -> Answerer:
+    """The same adapter on its base as it was before it was quantised.
+
+    Raises:
+        UserError: the checkpoint itself is quantised, so there is nothing else to load.
+    """
+    assert answerer.folder is not None
+    assert answerer.verification is not None
+    verification = answerer.verification
+    quantized = base_settings(verification, verification.files(), model)
+    settings = quantized.model_copy(update={"quantization": None, "dtype": "auto"})
+    with _named("--model"):
+        base = load_base(_with_attention(settings))
+    tuned = load_adapter(base, answerer.folder).eval()
+    return replace(answerer, model=_on_device(tuned))
+
+
+def load_model(folder: Path, dtype: str) -> Any:
+    """A plain model of a local folder, ready to compute in ``dtype``."""
+    base = load_base(_settings({"name_or_path": str(folder), "dtype": dtype}))
+    return _on_device(base.eval())
 
 
 def load_assistant(path: str, answerer: Answerer) -> Any:
@@ -174,15 +204,24 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
         return build_template(name, tokenizer)
 
 
-def adapter_folder(named: Path) -> Path:
-    """A run's folder stands for the adapter in it."""
-    return named / "adapter" if (named / "adapter").is_dir() else named
+def adapter_folder(named: str) -> Path:
+    """Where the adapter lies: in a folder, in the run of that name, or on the hub, and is fetched.
+
+    Raises:
+        UserError, RunFailed: see ``recipe.sharing.pulled``.
+    """
+    if is_repo_id(named):
+        return adapter_at(named)
+    inside = Path(named) / "adapter"
+    return inside if os.path.isdir(inside) else Path(named)  # noqa: PTH112
 
 
 def _base_alone(settings: ModelSettings, template: str | None) -> Answerer:
     tokenizer = load_tokenizer(settings)
     base = load_base(settings).eval()
-    chosen = _template(template or ("chat" if tokenizer.chat_template else "raw"), tokenizer)
+    usual = "chat" if tokenizer.chat_template else "raw"
+    merged_with = template_of_merged(Path(settings.name_or_path))
+    chosen = _template(template or merged_with or usual, tokenizer)
     described = f"{settings.name_or_path} without adapter, {chosen.name} template"
     return Answerer(_on_device(base), tokenizer, chosen, described, "base")
 

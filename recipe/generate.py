@@ -205,6 +205,8 @@ def _by_plain_peft(adapter: str | None) -> bool:
     """Whether the adapter is a folder without the receipt that names its template."""
     if not adapter:
         return False
+    if not os.path.isdir(adapter):  # noqa: PTH112
+        return True  # on the hub, perhaps; told once it is fetched
     # os.path, because Path's own raise where a name is too long for any file system.
     config, receipt = (f"{adapter}/{name}.json" for name in ("adapter_config", "recipe"))
     return os.path.isfile(config) and not os.path.isfile(receipt)  # noqa: PTH113

@@ -11,6 +11,7 @@ runs/<config>-001, -002…; its settings.yaml given to --config repeats the run 
 """
 
 import argparse
+import os
 import sys
 
 from recipe.exit_codes import run_command
@@ -47,11 +48,17 @@ def main(arguments: list[str] | None = None) -> None:
         show_data(settings, args.show_data)
         return
     from recipe.finetune import check, finetune
+    from recipe.publish import check_hub, publish_run
 
+    publishes = settings.hub.push and os.environ.get("RANK", "0") == "0"
+    if publishes:
+        check_hub(settings.hub, settings.model, where="hub.repo_id")
     if args.check:
         check(settings)
-    else:
-        finetune(settings)
+        return
+    run = finetune(settings)
+    if publishes:
+        publish_run(run, settings.hub)
 
 
 if __name__ == "__main__":

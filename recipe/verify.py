@@ -19,7 +19,7 @@ def verified(adapter: str | None, *, model: str | None, runs: Path) -> Answerer:
         UserError: there is no such adapter or base.
         RunFailed: with one line for each problem.
     """
-    folder = adapter_folder(Path(adapter)) if adapter else newest_adapter(runs)
+    folder = adapter_folder(adapter) if adapter else newest_adapter(runs)
     # No check of an adapter without a receipt reads a template, and it does not name one.
     template = None if (folder / RECEIPT).is_file() else "raw"
     try:

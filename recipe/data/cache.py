@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 _TOKENS = "tokens.safetensors"
 
 
-def cache_folder() -> Path:
-    """``recipe/tokens`` in the Hugging Face cache, which ``HF_HOME`` moves to another disk."""
+def recipe_cache() -> Path:
+    """``recipe`` in the Hugging Face cache, which ``HF_HOME`` moves to another disk."""
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
-    return Path(home).expanduser() / "recipe/tokens"
+    return Path(home).expanduser() / "recipe"
 
 
 def cached_rows(
@@ -46,7 +46,7 @@ def cached_rows(
     """
     if not rows or not tokenizer.is_fast:
         return tokenize_rows(rows, template, tokenizer, source=source), ""
-    folder = cache_folder() / _key(rows, template, tokenizer)
+    folder = recipe_cache() / "tokens" / _key(rows, template, tokenizer)
     lock = FileLock(folder.with_suffix(".lock"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

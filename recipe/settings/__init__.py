@@ -10,7 +10,7 @@ from recipe.settings.load import find_config, load_settings
 from recipe.settings.option import Absent, Option
 from recipe.settings.problem import Problem, RunFailed, UserError
 from recipe.settings.row_range import row_range
-from recipe.settings.schema import DataSettings, ModelSettings, Settings, plain
+from recipe.settings.schema import DataSettings, HubSettings, ModelSettings, Settings, plain
 from recipe.settings.sections import SECTIONS, options
 from recipe.settings.strategies import STRATEGIES, TOGETHER
 
@@ -21,6 +21,7 @@ __all__ = [
     "Absent",
     "DataSettings",
     "GenerationSettings",
+    "HubSettings",
     "ModelSettings",
     "Option",
     "Problem",

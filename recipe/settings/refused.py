@@ -18,7 +18,10 @@ class Refusal:
     values: tuple[object, ...] | None = None
 
 
-PUBLISHING = Refusal("publishing is a separate step. Leave it out.")
+PUBLISHING = Refusal(
+    "the Trainer would push what nobody has checked. Leave it out and write hub.push: true and "
+    "hub.repo_id: user/name."
+)
 LAUNCH = Refusal("sharding is not proven here, and not done by this version. Leave it out.")
 COMPILE = Refusal("torch.compile is not proven with LoRA dropout here. Leave it out.")
 _LIGER = Refusal("its kernels replace the loss that is proven exact here. Leave it out.")

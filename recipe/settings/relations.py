@@ -195,6 +195,10 @@ def _reentrant(kwargs: Mapping[str, Any] | None) -> str | None:
     return None
 
 
+def _named_repository(push: bool, repo_id: str | None) -> str | None:
+    return "true, but to where? Set hub.repo_id: user/name." if push and not repo_id else None
+
+
 RELATIONS = (
     Relation(("model.quantization",), _quantization_width),
     Relation(("data.held_out", "data.rows"), _held_out_rows),
@@ -230,6 +234,7 @@ RELATIONS = (
         ("training.activation_checkpointing", "training.gradient_checkpointing"),
         _checkpointing_names,
     ),
+    Relation(("hub.push", "hub.repo_id"), _named_repository),
     Relation(("training.activation_checkpointing_kwargs",), _reentrant),
     Relation(("training.gradient_checkpointing_kwargs",), _reentrant),
 )

@@ -76,7 +76,6 @@ _NO_REMOTE_CODE = "code from a model repository is never run here. Delete it."
 # section -> old or foreign name -> what to do, where no key of today does the same.
 REMOVED: Mapping[str, Mapping[str, str]] = {
     "": {
-        "hub": PUBLISHING.because,
         "fsdp": LAUNCH.because,
         "deepspeed": LAUNCH.because,
     },

@@ -1,6 +1,7 @@
 """What a run's settings are, once they are valid. Nothing here can be changed afterwards."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -30,8 +31,27 @@ def _checked_range(text: str) -> str:
     return text
 
 
+def _matching(pattern: str) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"does not look like {pattern}")
+        return text
+
+    return checked
+
+
 Frozen = Annotated[Mapping[str, Any], AfterValidator(freeze), PlainSerializer(plain)]
 NonEmpty = Annotated[str, MinLen(1)]
+RepoId = Annotated[
+    str,
+    AfterValidator(_matching(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")),
+    Shown("a repository such as 'user/name'"),
+]
+LicenseId = Annotated[
+    str,
+    AfterValidator(_matching(r"[a-z0-9][a-z0-9.-]*")),
+    Shown("an identifier of the hub such as 'apache-2.0'"),
+]
 RowRange = Annotated[
     str,
     AfterValidator(_checked_range),
@@ -96,6 +116,26 @@ class DataSettings(_Section):
     )
 
 
+class HubSettings(_Section):
+    """Where the adapter is published when the run ends, and how; see also ``adapter.py push``."""
+
+    push: bool = Field(
+        default=False,
+        description="Publish the finished adapter. Token, name and permission are checked before "
+        "training; a push that fails loses nothing.",
+    )
+    repo_id: RepoId | None = Field(default=None, description="Repository, user/name.")
+    private: bool = Field(default=True, description="Make it so that nobody else may see it.")
+    license: LicenseId | None = Field(
+        default=None,
+        description="The hub's identifier, such as apache-2.0; checked against the base's.",
+    )
+    base_model: RepoId | None = Field(
+        default=None,
+        description="Hub id of the base, for others, where model.name_or_path is a folder.",
+    )
+
+
 class Settings(_Section):
     """One run. ``lora`` and ``training`` hold what the config says, without library defaults."""
 
@@ -107,6 +147,7 @@ class Settings(_Section):
         default_factory=lambda: MappingProxyType({}),
         description="Fields of transformers.TrainingArguments.",
     )
+    hub: HubSettings = Field(default_factory=HubSettings)
 
 
 def options_of(model: type[BaseModel]) -> dict[str, Option]:

@@ -9,9 +9,16 @@ from recipe.settings.library import lora_options, quantization_options, training
 from recipe.settings.option import Option
 from recipe.settings.refused import TRAINING
 from recipe.settings.renamed import REMOVED, RENAMED
-from recipe.settings.schema import DataSettings, ModelSettings, NonEmpty, Settings, options_of
+from recipe.settings.schema import (
+    DataSettings,
+    HubSettings,
+    ModelSettings,
+    NonEmpty,
+    Settings,
+    options_of,
+)
 
-SECTIONS = ("model", "data", "lora", "training")
+SECTIONS = ("model", "data", "lora", "training", "hub")
 _LISTED_KEYS = 12
 _SECRETS = ("token", "api_key")
 
@@ -30,6 +37,8 @@ def options(section: str) -> Mapping[str, Option]:
             return lora_options()
         case "training":
             return training_options()
+        case "hub":
+            return options_of(HubSettings)
     raise KeyError(section)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.data.templates import Template
 
-_PROMPTS = (
+PROMPTS = (
     ("Name three primary colours.", ""),
     ("What is the capital of France?", ""),
     ("Translate to German: Good morning.", ""),
@@ -29,8 +29,8 @@ _TOP_K = 10
 # How far a logit may lie from the stored one, in standard deviations of that prompt's logits over
 # the vocabulary. Kernels, thread counts and devices round differently; by how much on the starter
 # model is measured by `make bench-adapter`.
-TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
-_QUANTIZED = 2e-1
+TOLERANCE = {"float32": 5e-4, "float16": 1e-1, "bfloat16": 3e-1}
+_QUANTIZED = 3e-1
 
 
 class Probe(BaseModel):
@@ -61,7 +61,7 @@ def encode_probes(
     template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], list[list[int]]]:
     """The probe prompts in ``template``, as text and as token ids."""
-    texts = [template.prompt(*prompt) for prompt in _PROMPTS]
+    texts = [template.prompt(*prompt) for prompt in PROMPTS]
     encoded = tokenizer(texts, add_special_tokens=template.add_special_tokens)
     return texts, encoded["input_ids"]
 

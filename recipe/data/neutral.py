@@ -1,0 +1,22 @@
+"""Text that has nothing to do with any instruction data, to see what a model does elsewhere."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXT = Path(__file__).with_name("neutral.txt")
+TOKENS = 2000
+WINDOWS = 4
+
+
+def neutral_windows(tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """The first 2,000 tokens of the shipped text, as four windows of 500.
+
+    A tokenizer with a larger vocabulary makes fewer tokens of it; the windows are shorter then.
+    """
+    text = _TEXT.read_text(encoding="utf-8")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS]
+    length = len(ids) // WINDOWS
+    return [ids[start : start + length] for start in range(0, WINDOWS * length, length)]

@@ -1,0 +1,116 @@
+"""A plain model out of base and adapter, with a certificate of what that lost."""
+
+import gc
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from recipe.answerer import Answerer, load_full_precision, load_model
+from recipe.data.neutral import neutral_windows
+from recipe.sealed import whole_folder
+from recipe.settings import RunFailed, UserError
+from recipe.sharing.certificate import CERTIFICATE, Certificate, certify, limits_for, window_logits
+from recipe.sharing.merging import merge_for_good
+from recipe.sharing.tensors import WEIGHTS
+from recipe.verify import verified
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def merge(
+    adapter: str | None, output: Path, *, dtype: str | None, model: str | None, runs: Path
+) -> list[str]:
+    """Write the merged model to ``output`` and return the certificate, as lines for the screen.
+
+    The adapter is verified first. The folder appears only if the merged model, loaded from its
+    files, is as good as base and adapter within the limits for its dtype.
+
+    Raises:
+        UserError: ``output`` is taken, or there is no such adapter or base.
+        RunFailed: the adapter is not what it was, or the merged model differs too much.
+    """
+    if output.exists():
+        raise UserError.single("--output", f"{output} exists already. Name another folder.")
+    answerer = verified(adapter, model=model, runs=runs)
+    dtype = dtype or _dtype_of(answerer.model)
+    windows = neutral_windows(answerer.tokenizer)
+    trained = window_logits(answerer.model, windows)
+    quantized = bool(getattr(answerer.model.get_base_model(), "is_quantized", False))
+    if quantized:
+        answerer = load_full_precision(answerer, model)
+    before = window_logits(answerer.model, windows) if quantized else trained
+    rebatched = _rebatching(answerer.model, windows)
+    computed_in = answerer.model.get_base_model().dtype
+    with whole_folder(output) as staged:
+        _save(answerer, staged, DTYPES[dtype])
+        answerer = replace(answerer, model=None)  # memory for what is loaded now
+        gc.collect()
+        after = window_logits(load_model(staged, dtype), windows)
+        certificate = certify(windows, before=before, after=after)
+        lost = certify(windows, before=trained, after=after) if quantized else None
+        lines = [
+            f"merged     {answerer.folder} → {output} · {dtype}",
+            f"against    base with adapter: {certificate.in_words()}",
+            f"yardstick  the base alone, in one batch and one by one: logits differ by at most "
+            f"{rebatched:.2g}",
+        ]
+        if lost:
+            lines.append(f"against    the quantised base it was trained on: {lost.in_words()}")
+        if beyond := limits_for(computed_in, DTYPES[dtype]).exceeded(certificate):
+            raise RunFailed("\n".join([*lines, *_refusal(beyond, dtype)]))
+        _certify_folder(staged, answerer, dtype, certificate, lost, rebatched)
+    return lines
+
+
+def _dtype_of(model: PeftModel) -> str:
+    """The base's own; that of its unquantised parts where it is quantised."""
+    name = str(model.get_base_model().dtype).removeprefix("torch.")
+    return name if name in DTYPES else "float32"
+
+
+def _save(answerer: Answerer, folder: Path, dtype: torch.dtype) -> None:
+    """Merge and write; the model in memory is merged too, and no longer what it was."""
+    plain = merge_for_good(answerer.model, dtype)
+    plain.config.use_cache = True
+    plain.save_pretrained(folder, safe_serialization=True)
+    answerer.tokenizer.save_pretrained(folder)
+
+
+def _rebatching(model: PeftModel, windows: list[list[int]]) -> float:
+    """How far the base's own logits move when the same windows are computed in one batch."""
+    with model.disable_adapter():
+        alone, together = (window_logits(model, windows, together=flag) for flag in (False, True))
+    return certify(windows, before=alone, after=together).largest_logit_difference
+
+
+def _refusal(beyond: list[str], dtype: str) -> list[str]:
+    remedy = "Merge to float32." if dtype != "float32" else "Use the adapter on its base instead."
+    return [f"not merged: {line}. {remedy}" for line in beyond]
+
+
+def _certify_folder(
+    folder: Path,
+    answerer: Answerer,
+    dtype: str,
+    certificate: Certificate,
+    lost: Certificate | None,
+    rebatched: float,
+) -> None:
+    assert answerer.folder is not None
+    weights = hashlib.sha256((answerer.folder / WEIGHTS).read_bytes()).hexdigest()
+    content: dict[str, Any] = {
+        "template": answerer.template.name,
+        "dtype": dtype,
+        "adapter": {"folder": str(answerer.folder), "weights_sha256": weights},
+        "base": answerer.tokenizer.name_or_path,
+        "against_adapter": certificate.model_dump(),
+        "against_quantized_training": lost.model_dump() if lost else None,
+        "base_rebatched": rebatched,
+        "versions": {"torch": torch.__version__},
+    }
+    (folder / CERTIFICATE).write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,38 @@
+"""Adapters from the hub, each commit once, in the Hugging Face cache."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from recipe.data.cache import recipe_cache
+from recipe.sealed import damage
+from recipe.settings import RunFailed, UserError
+from recipe.sharing.hub import HubError, commit_of, download
+
+
+def adapter_at(repo_id: str, *, revision: str | None = None) -> Path:
+    """The folder of ``repo_id``'s adapter; fetched, and compared with the hub's hashes, if need be.
+
+    Which commit is the newest is asked each time. Without an answer, with HF_HUB_OFFLINE for one,
+    the commit that was fetched last is used, and that is said.
+
+    Raises:
+        UserError: no such repository, or no adapter in it.
+        RunFailed: what arrived is not what the hub holds, or it cannot be reached.
+    """
+    place = recipe_cache() / "adapters" / repo_id.replace("/", "--")
+    try:
+        commit = commit_of(repo_id, revision)
+        folder = place / commit
+        if not folder.is_dir() or damage(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            download(repo_id, folder, revision=commit)
+    except HubError as error:
+        kept = sorted(place.glob("*/"), key=lambda one: one.stat().st_mtime_ns)
+        if revision is None and kept and (error.status == 0 or error.passing):
+            print(f"{repo_id}: {error}. Using {kept[-1].name}, fetched before.", file=sys.stderr)
+            return kept[-1]
+        if error.status == 0 or error.passing:
+            raise RunFailed(f"{repo_id} could not be fetched: {error}. Try again later.") from error
+        raise UserError.single("adapter", f"{repo_id}: {error}. Correct the name.") from error
+    return folder
