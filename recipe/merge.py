@@ -14,7 +14,14 @@ from recipe.answerer import Answerer, load_full_precision, load_model
 from recipe.data.neutral import neutral_windows
 from recipe.sealed import whole_folder
 from recipe.settings import RunFailed, UserError
-from recipe.sharing.certificate import CERTIFICATE, Certificate, certify, limits_for, window_logits
+from recipe.sharing.certificate import (
+    CERTIFICATE,
+    Certificate,
+    certify,
+    limits_for,
+    rebatching_difference,
+    window_logits,
+)
 from recipe.sharing.merging import merge_for_good
 from recipe.sharing.tensors import WEIGHTS
 from recipe.verify import verified
@@ -44,7 +51,8 @@ def merge(
     if quantized:
         answerer = load_full_precision(answerer, model)
     before = window_logits(answerer.model, windows) if quantized else trained
-    rebatched = _rebatching(answerer.model, windows)
+    with answerer.model.disable_adapter():
+        rebatched = rebatching_difference(answerer.model, windows)
     computed_in = answerer.model.get_base_model().dtype
     with whole_folder(output) as staged:
         _save(answerer, staged, DTYPES[dtype])
@@ -56,7 +64,7 @@ def merge(
         lines = [
             f"merged     {answerer.folder} → {output} · {dtype}",
             f"against    base with adapter: {certificate.in_words()}",
-            f"yardstick  the base alone, in one batch and one by one: logits differ by at most "
+            "yardstick  the base alone, in a padded batch and row by row: logits differ by at most "
             f"{rebatched:.2g}",
         ]
         if lost:
@@ -79,13 +87,6 @@ def _save(answerer: Answerer, folder: Path, dtype: torch.dtype) -> None:
     plain.config.use_cache = True
     plain.save_pretrained(folder, safe_serialization=True)
     answerer.tokenizer.save_pretrained(folder)
-
-
-def _rebatching(model: PeftModel, windows: list[list[int]]) -> float:
-    """How far the base's own logits move when the same windows are computed in one batch."""
-    with model.disable_adapter():
-        alone, together = (window_logits(model, windows, together=flag) for flag in (False, True))
-    return certify(windows, before=alone, after=together).largest_logit_difference
 
 
 def _refusal(beyond: list[str], dtype: str) -> list[str]:

@@ -206,8 +206,8 @@ class Card:
     def _limits(self) -> str:
         return (
             "## Limits\n\nIt has what its base has: errors, bias, and a licence that holds for "
-            "this adapter too. What it learned is what its rows show; nothing beyond the figures above "
-            "has been evaluated.\n"
+            "this adapter too. What it learned is what its rows show; nothing beyond the figures "
+            "above has been evaluated.\n"
         )
 
 

@@ -89,26 +89,44 @@ def limits_for(*dtypes: torch.dtype) -> Limits:
     return next(LIMITS[name] for name in ("bfloat16", "float16", "float32") if name in names)
 
 
-def window_logits(
-    model: Any, windows: Sequence[Sequence[int]], *, together: bool = False
-) -> torch.Tensor:
+def window_logits(model: Any, windows: Sequence[Sequence[int]]) -> torch.Tensor:
     """What ``model`` says at each position of each window, which is a sequence of its own.
 
     Args:
         windows: of equal length.
-        together: as one batch, which rounds otherwise than one by one.
 
     Returns:
         float32 (windows, length, vocabulary) on the CPU.
     """
-    ids = torch.tensor([list(window) for window in windows])
-    batches = [ids] if together else [row[None] for row in ids]
+    return torch.cat([_logits(model, torch.tensor([list(window)])) for window in windows])
+
+
+def rebatching_difference(model: Any, windows: Sequence[Sequence[int]]) -> float:
+    """How far the logits of one model move when rows are computed together instead of one by one.
+
+    What a merged model may differ by is told beside it: no user takes that for another model. The
+    windows are cut to different lengths, so that the batch is padded, as batches are.
+    """
+    count, length = len(windows), len(windows[0])
+    cut = [list(window[: length * (number + 1) // count]) for number, window in enumerate(windows)]
+    padding = [length - len(row) for row in cut]
+    ids = torch.tensor([[row[0]] * pad + row for row, pad in zip(cut, padding, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding])
+    together = _logits(
+        model, ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)
+    )
+    differences = [
+        (_logits(model, torch.tensor([row]))[0] - batched[pad:]).abs().max()
+        for row, pad, batched in zip(cut, padding, together, strict=True)
+    ]
+    return torch.stack(differences).max().item()
+
+
+def _logits(model: Any, ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+    inputs = {name: tensor.to(model.device) for name, tensor in {"input_ids": ids, **more}.items()}
     with torch.no_grad():
-        parts = [
-            model(input_ids=part.to(model.device), use_cache=False).logits.float().cpu()
-            for part in batches
-        ]
-    return torch.cat(parts)
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    return logits.float().cpu()
 
 
 def certify(

@@ -4,6 +4,7 @@ The sum of each module is computed in float32 by peft's own code and rounded onc
 the merged model; one module at a time, so that no second copy of the model is needed.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +33,9 @@ def merge_for_good(model: PeftModel, dtype: torch.dtype) -> LlamaForCausalLM:
         _merge(layer)
         weight = layer.get_base_layer().weight
         weight.data = weight.data.to(dtype)
-    plain: LlamaForCausalLM = model.merge_and_unload()  # nothing is left to add; takes layers off
+    with warnings.catch_warnings(action="ignore"):
+        # Nothing is left to add, it says; it takes the layers off.
+        plain: LlamaForCausalLM = model.merge_and_unload()
     plain.to(dtype)
     plain.config.dtype = dtype
     return plain
