@@ -29,7 +29,7 @@ STARTER := models/smollm2-135m-instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help setup train infer chat verify inspect merge push pull test test-slow test-gpu fuzz check lint types options \
-        bench-starter bench-decoding bench-exactness clean
+        bench-starter bench-decoding bench-adapter bench-exactness clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ bench-starter: setup .venv/.dev ## tuned against base on the held-out starter ro
 
 bench-decoding: setup .venv/.dev ## speed of decoding against transformers' generate
 	@$(PY) -m tests.benchmarks.decoding $(ARGS)
+
+bench-adapter: setup .venv/.dev ## what checking an adapter costs, and how far its probes move by rounding
+	@$(PY) -m tests.benchmarks.adapter $(if $(ADAPTER),"$(ADAPTER)") $(ARGS)
 
 bench-exactness: setup .venv/.dev ## gradients against stock code and float64, on the starter model
 	@$(PY) -m tests.benchmarks.exactness $(ARGS)

@@ -131,13 +131,13 @@ def _check_repository(api: HfApi, repo_id: str, *, private: bool, where: str) ->
         if isinstance(error.__cause__, RepositoryNotFoundError):
             return  # it will be made
         raise
+    _asked(lambda: api.auth_check(repo_id, write=True))
     if private and not info.private:
         raise UserError.single(
             where,
             f"{repo_id} is there already and public, and this adapter is to be private. Name "
-            "another repository, or say that it may be public.",
+            "another repository, or say that it may be public: hub.private: false, or --public.",
         )
-    _asked(lambda: api.auth_check(repo_id, write=True))
 
 
 def upload(
@@ -164,9 +164,20 @@ def commit_of(repo_id: str, revision: str | None) -> str:
     """The commit that the repository, or its ``revision``, stands at.
 
     Raises:
+        UserError: there is no such repository or revision.
         HubError: the hub does not say.
     """
-    return str(_patiently(lambda: HfApi().model_info(repo_id, revision=revision)).sha)
+    try:
+        return str(_patiently(lambda: HfApi().model_info(repo_id, revision=revision)).sha)
+    except HubError as error:
+        if isinstance(error.__cause__, RepositoryNotFoundError | RevisionNotFoundError):
+            named = f"{repo_id} at {revision}" if revision else repo_id
+            raise UserError.single(
+                "adapter",
+                f"there is no folder {repo_id} here, and the hub has no {named} that this token "
+                "may read. Correct the name, or `hf auth login`.",
+            ) from error
+        raise
 
 
 def download(repo_id: str, destination: Path, *, revision: str | None = None) -> str:
@@ -208,19 +219,8 @@ def download(repo_id: str, destination: Path, *, revision: str | None = None) ->
 
 
 def _listing(api: HfApi, repo_id: str, revision: str | None) -> tuple[dict[str, RepoFile], str]:
-    try:
-        info = _patiently(lambda: api.model_info(repo_id, revision=revision))
-        entries = _patiently(
-            lambda: list(api.list_repo_tree(repo_id, revision=info.sha, recursive=True)),
-        )
-    except HubError as error:
-        if isinstance(error.__cause__, RepositoryNotFoundError | RevisionNotFoundError):
-            raise UserError.single(
-                "adapter",
-                f"{error}. There is no folder {repo_id} here, and the hub has no such repository "
-                "or revision that this token may read. Correct the name, or `hf auth login`.",
-            ) from error
-        raise
+    commit = commit_of(repo_id, revision)
+    entries = _patiently(lambda: list(api.list_repo_tree(repo_id, revision=commit, recursive=True)))
     files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     pickles = sorted(name for name in files if Path(name).suffix.lower() in PICKLES)
     if pickles:
@@ -233,7 +233,7 @@ def _listing(api: HfApi, repo_id: str, revision: str | None) -> tuple[dict[str, 
         raise UserError.single(
             "adapter", f"{repo_id} is no adapter: it has no {missing[0]}. Correct the name."
         )
-    return {name: files[name] for name in _WANTED if name in files}, str(info.sha)
+    return {name: files[name] for name in _WANTED if name in files}, commit
 
 
 def _is_what_the_hub_has(path: Path, entry: RepoFile) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from recipe.data.cache import recipe_cache
 from recipe.sealed import damage
-from recipe.settings import RunFailed, UserError
+from recipe.settings import RunFailed
 from recipe.sharing.hub import HubError, commit_of, download
 
 
@@ -32,7 +32,5 @@ def adapter_at(repo_id: str, *, revision: str | None = None) -> Path:
         if revision is None and kept and (error.status == 0 or error.passing):
             print(f"{repo_id}: {error}. Using {kept[-1].name}, fetched before.", file=sys.stderr)
             return kept[-1]
-        if error.status == 0 or error.passing:
-            raise RunFailed(f"{repo_id} could not be fetched: {error}. Try again later.") from error
-        raise UserError.single("adapter", f"{repo_id}: {error}. Correct the name.") from error
+        raise RunFailed(f"{repo_id} could not be fetched: {error}. Try again later.") from error
     return folder

@@ -144,9 +144,9 @@ def test_broken_rows_are_told_each_time_and_nothing_is_kept(tokenizer, home):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"HF_HOME": "h", "XDG_CACHE_HOME": "x"}, "h/recipe/tokens"),
-        ({"XDG_CACHE_HOME": "x"}, "x/huggingface/recipe/tokens"),
-        ({"HF_HOME": "", "XDG_CACHE_HOME": ""}, "~/.cache/huggingface/recipe/tokens"),
+        ({"HF_HOME": "h", "XDG_CACHE_HOME": "x"}, "h/recipe"),
+        ({"XDG_CACHE_HOME": "x"}, "x/huggingface/recipe"),
+        ({"HF_HOME": "", "XDG_CACHE_HOME": ""}, "~/.cache/huggingface/recipe"),
     ],
 )
 def test_the_cache_lies_where_the_hub_client_keeps_its_own(monkeypatch, environment, expected):
@@ -154,7 +154,7 @@ def test_the_cache_lies_where_the_hub_client_keeps_its_own(monkeypatch, environm
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cache.cache_folder() == Path(expected).expanduser()
+    assert cache.recipe_cache() == Path(expected).expanduser()
 
 
 def test_a_place_that_cannot_be_written_is_said(tokenizer, tokenised, tmp_path, monkeypatch):

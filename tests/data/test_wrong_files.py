@@ -6,7 +6,7 @@ import shutil
 import pyarrow
 import pytest
 
-from recipe.data.cache import cache_folder
+from recipe.data.cache import recipe_cache
 from recipe.data.rows import read_rows
 from recipe.settings import DataSettings
 from tests.data.wrong_files import ROW, columns, lines, rows
@@ -42,7 +42,7 @@ def test_a_wrong_file(refuse, name):
     for fragment in case.said:
         assert fragment in first
     assert len(rest) == case.problems - 1
-    kept = [entry for entry in cache_folder().glob("*") if entry.is_dir()]
+    kept = [entry for entry in (recipe_cache() / "tokens").glob("*") if entry.is_dir()]
     assert not kept or name.startswith("length")
     if len(rest) == 10:
         assert rest[-1] == "and: 15 more of 25 in all."
