@@ -162,6 +162,9 @@ class Verification:
         tuned = next_token_logits(model, rows)
         with model.disable_adapter():
             base = next_token_logits(model, rows)
+        outside = any(not 0 <= i < base.shape[-1] for p in probes for i in p.token_ids)
+        self._check("probes", ["they name tokens that this base does not have"] * outside, "")
+        self._stop()
         found, limit = compare_probes(probes, base=base, tuned=tuned), tolerance(model)
         self._check("probes", _disagreements(found.base, found.tuned, limit), "")
         self._stop()
