@@ -141,7 +141,7 @@ def _verify(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from recipe.answerer import load_answerer
     from recipe.sharing.inspection import inspect_adapter
-    from recipe.sharing.inspection_plot import as_json, in_words, plot, table
+    from recipe.sharing.inspection_report import as_json, in_words, plot, table
 
     answerer = load_answerer(adapter=args.adapter, model=args.model, template="raw", runs=_RUNS)
     changes = inspect_adapter(answerer.model)
