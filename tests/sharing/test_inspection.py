@@ -3,25 +3,21 @@
 import copy
 import json
 import math
-import warnings
 
 import bitsandbytes
 import pytest
 import torch
-from matplotlib import pyplot
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import KasaConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from recipe.settings import UserError
 from recipe.sharing import inspection
 from recipe.sharing.inspection import inspect_adapter
-from recipe.sharing.inspection_report import as_json, in_words, percent_text, plot, table
+from recipe.sharing.inspection_report import as_json, in_words, table
+from tests.sharing.spectra import PLAIN, adapted, chosen, load, lora_layers
 
-PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 VARIANTS = {
     "plain": {},
     "all linear layers": {"target_modules": "all-linear"},
@@ -36,43 +32,6 @@ VARIANTS = {
     "trained head": {"modules_to_save": ["lm_head", "model.norm"]},
     "new tokens": {"trainable_token_indices": {"embed_tokens": [3, 7, 11]}},
 }
-BASES = {
-    "float32": {"dtype": torch.float32},
-    "bf16": {"dtype": torch.bfloat16},
-    "fp16": {"dtype": torch.float16},
-    "nf4": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)},
-    "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
-}
-
-
-def load(checkpoint, base="float32"):
-    return LlamaForCausalLM.from_pretrained(checkpoint, **BASES[base])
-
-
-def trained(model):
-    """As after a training: every trainable number has moved, with spectra that fall off."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad or ".lora_" in name:
-                step = torch.randn(parameter.shape) * 0.05
-                if ".lora_B." in name and step.ndim == 2:
-                    step *= 0.6 ** torch.arange(step.shape[1])
-                parameter += step.to(parameter)
-    return model
-
-
-def adapted(checkpoint, base="float32", **lora):
-    return trained(get_peft_model(load(checkpoint, base), LoraConfig(**{**PLAIN, **lora})))
-
-
-def lora_layers(model):
-    """Name in the base model to peft's layer, with the factors in float64."""
-    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    for layer in layers.values():
-        for factors in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
-            factors.double()
-    return layers
 
 
 def merged_weights(model):
@@ -172,23 +131,6 @@ def test_an_adapter_that_plain_peft_saved_and_a_second_one(tiny_checkpoint, tmp_
     again.add_adapter("other", LoraConfig(**{**PLAIN, "target_modules": ["k_proj"]}))
     assert inspect_adapter(again) == expected
     assert [change.kind for change in inspect_adapter(again, "other")] == ["k_proj"] * 2
-
-
-def chosen(checkpoint, spectra, *, alpha=None, **lora):
-    """An adapter on every q_proj with the singular values asked for, layer by layer."""
-    r = max(map(len, spectra))
-    asked = {**PLAIN, "target_modules": ["q_proj"], "r": r, "lora_alpha": alpha or r, **lora}
-    model = get_peft_model(load(checkpoint), LoraConfig(**asked))
-    generator = torch.Generator().manual_seed(1)
-    for spectrum, layer in zip(spectra, lora_layers(model).values(), strict=True):
-        sigma = torch.zeros(r, dtype=torch.float64)
-        sigma[: len(spectrum)] = torch.tensor(spectrum, dtype=torch.float64)
-        for factor, scale in ((layer.lora_A["default"], 1), (layer.lora_B["default"], sigma)):
-            shape = (max(factor.weight.shape), r)
-            basis = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q
-            basis = basis * scale
-            factor.weight.data = basis if factor.weight.shape == basis.shape else basis.T
-    return model
 
 
 ROOTS = [math.sqrt(energy) for energy in (90, 5, 4, 1)]
@@ -386,132 +328,3 @@ def test_nothing_of_the_weights_size_is_made(tiny_checkpoint, monkeypatch, lora)
     for found, whole in zip(in_blocks, expected, strict=True):
         assert found.singular_values == pytest.approx(whole.singular_values, rel=1e-12)
         assert found.ratio == pytest.approx(whole.ratio, rel=1e-12)
-
-
-def test_words_advise_by_the_evidence(tiny_checkpoint):
-    falling, flat = [1.0, 0.1, 0.01, 0, 0, 0, 0, 0], [1.0] * 8
-    small, tail = [1.0, 0.3, 0.01], [1.0, *[0.12] * 7]
-    for spectra, said, average in [
-        ([falling, small], "lowered from 8 to 2 and at least 99 %", "1.5"),
-        ([flat, flat], "In 2 of 2 modules 99 % of the energy takes all of r: the singular", "8.0"),
-        ([flat, small], "In the others rank 2 keeps 99 % (lora.rank_pattern)", "5.0"),
-        ([tail, tail], "the last directions are small but count (effective rank 4.8", "5.0"),
-        ([[1.0], [2.0]], "r is 1, the lowest there is.", "1.0"),
-    ]:
-        changes = inspect_adapter(chosen(tiny_checkpoint, spectra))
-        needs = [change.rank_for[95] for change in changes]
-        words = in_words(changes)
-        text = " ".join(words)
-        assert 2 <= len(words) <= 4
-        assert said in text
-        assert f"Rank {max(needs)} keeps at least 95 %" in text or said.startswith("r is 1")
-        assert f"rank {average} on average" in text
-        assert ("lowered" in text) == (spectra == [falling, small])
-
-
-def test_words_name_the_place_and_size_of_the_largest_change(tiny_checkpoint):
-    model = chosen(tiny_checkpoint, [[1.0, 1], [3.0, 4]])
-    weight = load(tiny_checkpoint).model.layers[1].self_attn.q_proj.weight.detach().double()
-    text = in_words(inspect_adapter(model))[0]
-    assert "largest in q_proj of layer 1" in text
-    assert f"is {500 / float(weight.norm()):.0f} % of the size" in text
-    lora = {"use_dora": True, "modules_to_save": ["lm_head"]}
-    remarks = in_words(inspect_adapter(adapted(tiny_checkpoint, **lora)))[-1]
-    assert "With DoRA" in remarks
-    assert "lm_head was trained whole" in remarks
-
-
-def test_table_has_a_line_for_each_kind_and_module(tiny_checkpoint):
-    model = chosen(tiny_checkpoint, [[1.0] * 4, [4.0, 2, 1, 1]])
-    changes = inspect_adapter(model)
-    lines = table(changes)
-    ratios = [change.ratio for change in changes]
-    mean, top = percent_text(sum(ratios) / 2), percent_text(max(ratios))
-    effective = f"{(4 + 2**1.75) / 2:.1f}"
-    expected = ["q_proj", "2", "4", *mean.split(), *top.split(), "1", effective, "4", "4", "4"]
-    assert lines[1].split() == expected
-    assert len(lines[0]) == len(lines[1]), "columns are aligned"
-    assert "rank for 95 %" in lines[0]
-    assert "||W||" in lines[2]
-    by_layer = table(changes, each_layer=True)
-    assert by_layer[:3] == lines
-    assert [line.split()[0] for line in by_layer[5:]] == [change.name for change in changes]
-    assert by_layer[6].split()[-5:] == ["4", f"{2**1.75:.1f}", "2", "3", "4"]
-    assert len({len(line) for line in by_layer[4:]}) == 1
-
-
-def test_table_shows_the_span_of_r_and_ranks_of_the_neediest(tiny_checkpoint):
-    changes = inspect_adapter(chosen(tiny_checkpoint, [[3.0, 0.5, 0.1, 0.1], [0.0]]))
-    line = table(changes)[1].split()
-    assert line[-4:] == [f"{changes[0].effective_rank:.1f}", "1", "1", "2"]
-    by_layer = inspect_adapter(adapted(tiny_checkpoint, rank_pattern={"layers.1.*": 2}))
-    assert [line.split()[2] for line in table(by_layer)[1:3]] == ["2–4", "2–4"]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "text"),
-    [
-        (0.0, "0 %"), (0.0183, "1.83 %"), (0.5, "50.0 %"), (2.4, "240 %"), (123.4, "12340 %"),
-        (4.2e-6, "0.000420 %"), (4.2e-12, "4.2e-10 %"), (math.inf, "from zero"),
-    ],
-)  # fmt: skip
-def test_percent_text(ratio, text):
-    assert percent_text(ratio) == text
-
-
-def test_json_holds_what_was_measured(tiny_checkpoint):
-    changes = inspect_adapter(adapted(tiny_checkpoint, modules_to_save=["lm_head"]))
-    content = json.loads(json.dumps(as_json(changes), allow_nan=False))
-    for module, change in zip(content["modules"], changes, strict=True):
-        assert (module["name"], module["r"], module["rank"]) == (
-            change.name,
-            change.r,
-            change.rank,
-        )
-        assert module["ratio"] == change.ratio
-        assert tuple(module["singular_values"]) == change.singular_values
-        assert module["rank_for"]["95"] == change.rank_for[95]
-    assert [kind["kind"] for kind in content["kinds"]] == ["q_proj", "v_proj", "lm_head"]
-    ratios = [change.ratio for change in changes if change.kind == "q_proj"]
-    assert content["kinds"][0]["max_ratio"] == max(ratios)
-    assert content["kinds"][0]["mean_ratio"] == pytest.approx(sum(ratios) / 2)
-
-
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj"], "layers_to_transform": [1], "r": 1},
-        {"target_modules": ["lm_head"]},
-        None,
-    ],
-    ids=["everything", "one layer, one kind", "no layer", "no change"],
-)
-def test_picture_shows_each_kind(tiny_checkpoint, tmp_path, monkeypatch, lora):
-    asked = LoraConfig(**{**PLAIN, **(lora or {})})
-    model = get_peft_model(load(tiny_checkpoint), asked)
-    changes = inspect_adapter(trained(model) if lora else model)
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plot(changes, tmp_path / "change.png", title="a title")
-    monkeypatch.undo()
-    (figure,) = figures
-    left, right = figure.axes
-    ratios = {float(value) for line in left.lines for value in line.get_ydata() if line.get_label()}
-    assert ratios == {100 * change.ratio for change in changes}
-    kinds = list(dict.fromkeys(change.kind for change in changes))
-    legend = [text.get_text().removesuffix(" (no layer)") for text in figure.legends[0].texts]
-    assert legend == kinds
-    low_rank = [kind for kind in kinds if kind != "lm_head" or not asked.modules_to_save]
-    curves = [line for line in right.lines if line.get_marker() != "None"]
-    for kind, curve in zip(low_rank if lora else [], curves, strict=True):
-        assert list(curve.get_xdata()) == list(range(1, asked.r + 1))
-        share = [c.energy[0] for c in changes if c.kind == kind]
-        assert curve.get_ydata()[0] == pytest.approx(100 * sum(share) / len(share))
-    assert "%" in left.get_ylabel()
-    assert right.get_xlabel() == "rank kept"
-    pixels = pyplot.imread(tmp_path / "change.png")
-    assert pixels.shape[1] > pixels.shape[0] > 400
-    pyplot.close(figure)
