@@ -26,7 +26,7 @@ from recipe.settings import GenerationSettings, ModelSettings, Problem, UserErro
 from recipe.sharing.adapter_folder import load_adapter, newest_adapter
 from recipe.sharing.certificate import template_of_merged
 from recipe.sharing.hub import is_repo_id
-from recipe.sharing.pulled import adapter_at
+from recipe.sharing.pulled import adapter_at, shown
 from recipe.sharing.receipt import read_receipt
 from recipe.sharing.verification import Verification, base_settings
 
@@ -143,7 +143,7 @@ def _tuned(folder: Path, model: str | None, template: str | None) -> Answerer:
     notes = f" (trained with {receipt.template})" if receipt and receipt.template != name else ""
     if verification.unproven:
         notes += f" · unproven: {verification.unproven}"
-    described = f"{folder} on {settings.name_or_path}, {name} template{notes}"
+    described = f"{shown(folder)} on {settings.name_or_path}, {name} template{notes}"
     return Answerer(
         _on_device(tuned), tokenizer, chosen, described, "adapter", folder, verification
     )

@@ -21,7 +21,7 @@ from recipe.sharing.card import PICTURE, Card, Sample, read_run
 from recipe.sharing.hub import HubError, Published, check_writable, download, upload
 from recipe.sharing.licence import check_license
 from recipe.sharing.probes import PROMPTS
-from recipe.sharing.pulled import adapter_at
+from recipe.sharing.pulled import adapter_at, shown
 from recipe.sharing.receipt import ADAPTER_CONFIG, RECEIPT, Receipt
 from recipe.sharing.tensors import WEIGHTS
 from recipe.sharing.verification import unsafe_files
@@ -41,6 +41,11 @@ def check_hub(hub: HubSettings, base: ModelSettings, *, where: str) -> None:
     base_model = _base_model(base, hub)
     check_writable(hub.repo_id, private=hub.private, where=where)
     say(check_license(hub.license, base, base_model))
+    if base_model is None:
+        say(
+            f"note      the base is the folder {base.name_or_path}, which others may not have; "
+            "--base-model or hub.base_model names it by its hub id"
+        )
 
 
 def publish(
@@ -111,7 +116,7 @@ def pull(
     if output is not None:
         shutil.copytree(folder, output)
     return [
-        f"pulled     {repo_id} → {output or folder}",
+        f"pulled     {repo_id} → {output or shown(folder)}",
         *report(answerer),
         f'next       make infer ADAPTER={output or repo_id} PROMPT="…"',
     ]

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from recipe.data.templates import ALPACA_WITHOUT_INPUT
 from recipe.sharing.receipt import Receipt
 
 PICTURE = "loss.png"
@@ -129,7 +130,7 @@ class Card:
         made = f"Combined from {len(parts)} adapters. " if parts else ""
         return (
             f"A LoRA adapter (r={lora.get('r')}, alpha={lora.get('lora_alpha')}, on {named}) for "
-            f"{base}.{size} {made}Prompts have the `{self.receipt.template}` template.\n"
+            f"{base}.{size} {made}\n"
         )
 
     def _use(self) -> str:
@@ -142,8 +143,16 @@ class Card:
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'tokenizer = AutoTokenizer.from_pretrained("{base}"{pinned})\n'
             f'base = AutoModelForCausalLM.from_pretrained("{base}"{pinned})\n'
-            f'model = PeftModel.from_pretrained(base, "{self.repo_id}")\n```\n'
+            f'model = PeftModel.from_pretrained(base, "{self.repo_id}")\n```\n' + self._prompt()
         )
+
+    def _prompt(self) -> str:
+        """What stands around a prompt; a model that is asked otherwise answers otherwise."""
+        if self.receipt.template == "chat":
+            return "\nPrompts are written by `tokenizer.apply_chat_template`.\n"
+        if self.receipt.template == "raw":
+            return "\nPrompts are written as they are.\n"
+        return f"\nPrompts are written so:\n\n```\n{ALPACA_WITHOUT_INPUT}```\n"
 
     def _measured(self) -> str:
         epochs = [m for m in self.run.metrics if "epoch_loss" in m]

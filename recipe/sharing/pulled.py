@@ -9,6 +9,17 @@ from recipe.sealed import damage
 from recipe.settings import RunFailed
 from recipe.sharing.hub import HubError, commit_of, download
 
+_ADAPTERS = "adapters"
+
+
+def shown(folder: Path) -> str:
+    """An adapter's folder for the screen: one in the cache by its name on the hub."""
+    place = recipe_cache() / _ADAPTERS
+    if place not in folder.parents:
+        return str(folder)
+    repository, commit = folder.relative_to(place).parts[:2]
+    return f"{repository.replace('--', '/', 1)} at {commit[:12]}"
+
 
 def adapter_at(repo_id: str, *, revision: str | None = None) -> Path:
     """The folder of ``repo_id``'s adapter; fetched, and compared with the hub's hashes, if need be.
@@ -20,7 +31,7 @@ def adapter_at(repo_id: str, *, revision: str | None = None) -> Path:
         UserError: no such repository, or no adapter in it.
         RunFailed: what arrived is not what the hub holds, or it cannot be reached.
     """
-    place = recipe_cache() / "adapters" / repo_id.replace("/", "--")
+    place = recipe_cache() / _ADAPTERS / repo_id.replace("/", "--")
     try:
         commit = commit_of(repo_id, revision)
         folder = place / commit
