@@ -16,14 +16,21 @@ said. verify exits with 3 and a line for each problem if it is not what was trai
 
 import argparse
 import json
-import os
-import re
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from recipe.exit_codes import run_command
-from recipe.settings import HubSettings, Problem, RunFailed, UserError
+from recipe.settings import (
+    HubSettings,
+    Problem,
+    RunFailed,
+    UserError,
+    file_objection,
+    folder_objection,
+    options,
+)
 
 _RUNS = Path("runs")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -99,28 +106,41 @@ def _check(args: argparse.Namespace) -> None:
         if args.weights and len(args.weights) != len(args.adapters):
             said = f"{len(args.weights)} for {len(args.adapters)} adapters. Give one for each."
             problems.append(Problem("--weights", said))
+        if args.weights and (not all(map(math.isfinite, args.weights)) or not any(args.weights)):
+            said = "expected numbers, not all of them zero. Correct them."
+            problems.append(Problem("--weights", said))
         if args.svd_rank is not None and (args.svd_rank < 1 or args.combination_type != "svd"):
             said = "goes with --combination-type svd and is at least 1. Correct it."
             problems.append(Problem("--svd-rank", said))
-    if args.command in ("push", "pull") and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
-        problems.append(Problem("repo", f"expected user/name, found {args.repo!r}. Correct it."))
-    for flag in ("plot", "output"):
-        file = getattr(args, flag, None)
-        if file is not None and (objection := _objection(file)):
-            problems.append(Problem(f"--{flag}", objection))
+    for key, where in (
+        ("repo_id", "repo"),
+        ("license", "--license"),
+        ("base_model", "--base-model"),
+    ):
+        value = getattr(args, where.lstrip("-").replace("-", "_"), None)
+        if value is not None and (objection := options("hub")[key].objection(value)):
+            problems.append(Problem(where, objection))
+    if getattr(args, "adapter", None) == "none":
+        said = "none is the base alone, and this is about an adapter. Name one."
+        problems.append(Problem("adapter", said))
+    problems += _output_problems(args)
     if problems:
         raise UserError(problems)
 
 
-def _objection(file: str) -> str | None:
-    """Why nothing can be written there, before minutes are spent on it."""
-    try:
-        os.lstat(file)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        return f"{getattr(error, 'strerror', None) or error}. Correct the path."
-    return f"{file} exists already, and nothing is overwritten. Name another."
+def _output_problems(args: argparse.Namespace) -> list[Problem]:
+    makes_folder = args.command in ("merge", "combine", "pull")
+    problems = []
+    for flag in ("plot", "output"):
+        named = getattr(args, flag, None)
+        if named is None:
+            continue
+        objection = folder_objection(named) if makes_folder else file_objection(named)
+        if objection is None and flag == "plot" and not named.endswith(".png"):
+            objection = f"expected a name that ends in .png, found {named!r}. Correct it."
+        if objection:
+            problems.append(Problem(f"--{flag}", objection))
+    return problems
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -135,7 +155,13 @@ def _verify(args: argparse.Namespace) -> None:
             "be seen, but nothing says on which weights, tokenizer and template it was trained, or "
             "what it should answer."
         )
-    print("verified   it is what was trained, and answers as it did")
+    if answerer.verification.told_apart:
+        print("verified   it is what was trained, and answers as it did")
+    else:
+        print(
+            "verified   it is what was trained; whether it answers as it did these probes cannot "
+            "tell, because it moves them so little"
+        )
 
 
 def _inspect(args: argparse.Namespace) -> None:

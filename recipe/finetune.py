@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from recipe.memory.probe import peak_memory
-from recipe.model.checkpoint import load_base
+from recipe.model.checkpoint import load_base, loaded_commit
 from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
 from recipe.run_account import Run, conclusion, introduction, manifest_facts, receipt
@@ -137,10 +137,12 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
     set_seed(arguments.seed)  # before the adapter is drawn, not when the Trainer starts
     base = load_base(settings.model)
     base_sha256 = weights_sha256(base)  # before PiSSA or OLoRA change it
+    commit = loaded_commit(settings.model)
     model = add_lora(
         base,
         settings.lora,
         mixed_precision=arguments.fp16 or arguments.bf16,
+        revision=commit,
     )
     initial = save_initial(model)
     loss = TokenLoss()

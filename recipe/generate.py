@@ -28,6 +28,7 @@ from recipe.settings import (
     GenerationSettings,
     Problem,
     UserError,
+    file_objection,
     generation_keys,
     generation_settings,
     load_lab,
@@ -196,7 +197,7 @@ def _flag_problems(args: argparse.Namespace) -> list[Problem]:
         wrong("--chat", "needs a terminal. Give prompts with --prompt or --prompts.")
     if args.batch_size is not None and args.batch_size < 1:
         wrong("--batch-size", f"{args.batch_size} is below 1. Use at least 1.")
-    if args.output and args.output != "-" and (objection := _output_objection(args.output)):
+    if args.output and args.output != "-" and (objection := file_objection(args.output)):
         wrong("--output", objection)
     return problems
 
@@ -215,18 +216,6 @@ def _by_plain_peft(adapter: str | None) -> bool:
 def _given(args: argparse.Namespace, flag: str) -> bool:
     name = {"--with": "who"}.get(flag, flag[2:].replace("-", "_"))
     return getattr(args, name) not in (None, False)
-
-
-def _output_objection(output: str) -> str | None:
-    try:
-        os.lstat(output)
-    except FileNotFoundError:
-        if Path(output).absolute().parent.is_dir():
-            return None
-        return f"there is no folder {Path(output).parent}. Make it, or correct the path."
-    except (OSError, ValueError) as error:  # such as a name of 5000 letters
-        return f"{getattr(error, 'strerror', None) or error}. Correct the path."
-    return f"{output} exists already, and nothing is overwritten. Name another file."
 
 
 def _key_problems(args: argparse.Namespace, settings: GenerationSettings) -> list[Problem]:

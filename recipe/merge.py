@@ -58,21 +58,30 @@ def merge(
         _save(answerer, staged, DTYPES[dtype])
         answerer = replace(answerer, model=None)  # memory for what is loaded now
         gc.collect()
-        after = window_logits(load_model(staged, dtype), windows)
+        after = _answers_of(staged, dtype, windows)
         certificate = certify(windows, before=before, after=after)
         lost = certify(windows, before=trained, after=after) if quantized else None
         lines = [
             f"merged     {answerer.folder} → {output} · {dtype}",
+            *_unproven(answerer),
             f"against    base with adapter: {certificate.in_words()}",
             "yardstick  the base alone, in a padded batch and row by row: logits differ by at most "
             f"{rebatched:.2g}",
         ]
         if lost:
             lines.append(f"against    the quantised base it was trained on: {lost.in_words()}")
-        if beyond := limits_for(computed_in, DTYPES[dtype]).exceeded(certificate):
+        if beyond := limits_for(computed_in, DTYPES[dtype]).exceeded(
+            certificate, rebatched=rebatched
+        ):
             raise RunFailed("\n".join([*lines, *_refusal(beyond, dtype)]))
         _certify_folder(staged, answerer, dtype, certificate, lost, rebatched)
     return lines
+
+
+def _unproven(answerer: Answerer) -> list[str]:
+    assert answerer.verification is not None
+    reason = answerer.verification.unproven
+    return [f"unproven   {reason}, so nothing says that this is what was trained"] if reason else []
 
 
 def _dtype_of(model: PeftModel) -> str:
@@ -89,6 +98,14 @@ def _save(answerer: Answerer, folder: Path, dtype: torch.dtype) -> None:
     answerer.tokenizer.save_pretrained(folder)
 
 
+def _answers_of(folder: Path, dtype: str, windows: list[list[int]]) -> torch.Tensor:
+    try:
+        return window_logits(load_model(folder, dtype), windows)
+    except UserError as error:  # it is our folder, and no fault of the user's
+        said = str(error).replace(str(folder), "it")
+        raise RunFailed(f"not merged: what was written cannot be loaded again: {said}") from error
+
+
 def _refusal(beyond: list[str], dtype: str) -> list[str]:
     remedy = "Merge to float32." if dtype != "float32" else "Use the adapter on its base instead."
     return [f"not merged: {line}. {remedy}" for line in beyond]
@@ -103,12 +120,14 @@ def _certify_folder(
     rebatched: float,
 ) -> None:
     assert answerer.folder is not None
+    assert answerer.verification is not None
+    receipt = answerer.verification.receipt
     weights = hashlib.sha256((answerer.folder / WEIGHTS).read_bytes()).hexdigest()
     content: dict[str, Any] = {
-        "template": answerer.template.name,
+        "template": receipt.template if receipt else None,
         "dtype": dtype,
-        "adapter": {"folder": str(answerer.folder), "weights_sha256": weights},
-        "base": answerer.tokenizer.name_or_path,
+        "adapter_sha256": weights,
+        "base": receipt.base.name_or_path if receipt else None,
         "against_adapter": certificate.model_dump(),
         "against_quantized_training": lost.model_dump() if lost else None,
         "base_rebatched": rebatched,

@@ -2,13 +2,16 @@
 
 import gc
 import json
+import os
+import shlex
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from recipe.answerer import Answerer
 from recipe.data.prompts import Prompt, read_prompts
-from recipe.sealed import seal
+from recipe.sealed import SEAL, seal, whole_folder
 from recipe.settings import (
     GenerationSettings,
     HubSettings,
@@ -17,8 +20,8 @@ from recipe.settings import (
     UserError,
     generation_settings,
 )
-from recipe.sharing.card import PICTURE, Card, Sample, read_run
-from recipe.sharing.hub import HubError, Published, check_writable, download, upload
+from recipe.sharing.card import PICTURE, Card, RunFacts, Sample, read_run
+from recipe.sharing.hub import HubError, Published, check_writable, commit_of, download, upload
 from recipe.sharing.licence import check_license
 from recipe.sharing.probes import PROMPTS
 from recipe.sharing.pulled import adapter_at, shown
@@ -28,24 +31,20 @@ from recipe.sharing.verification import unsafe_files
 from recipe.verify import report, verified
 
 _SAMPLES = 3
+_BATCH = 8
 _SAMPLE_TOKENS = 96
 
 
-def check_hub(hub: HubSettings, base: ModelSettings, *, where: str) -> None:
-    """Everything about a later push that can be known now.
+def check_hub(hub: HubSettings, base: ModelSettings) -> None:
+    """Everything about the push at the end of a run that can be known before it.
 
     Raises:
         UserError: it could not be published.
     """
     assert hub.repo_id is not None
-    base_model = _base_model(base, hub)
-    check_writable(hub.repo_id, private=hub.private, where=where)
-    say(check_license(hub.license, base, base_model))
-    if base_model is None:
-        say(
-            f"note      the base is the folder {base.name_or_path}, which others may not have; "
-            "--base-model or hub.base_model names it by its hub id"
-        )
+    base_model = _base_model(base, hub, trained=False)
+    check_writable(hub.repo_id, private=hub.private, where="hub.repo_id")
+    _say_base(hub, base, base_model)
 
 
 def publish(
@@ -69,27 +68,33 @@ def publish(
     """
     assert hub.repo_id is not None
     prompts = read_prompts(samples)[0] if samples else None
+    if not dry_run:
+        check_writable(hub.repo_id, private=hub.private, where="repo")
     answerer = verified(adapter, model=model, runs=runs)
     assert answerer.folder is not None
     receipt = _receipt(answerer)
-    if not dry_run:
-        check_hub(hub, receipt.base, where="repo")
-    folder = answerer.folder
+    base_model = _base_model(receipt.base, hub, trained=True)
     with tempfile.TemporaryDirectory(prefix="recipe-push-") as clean:
         staged = Path(clean) / "adapter"
-        card = _stage(answerer, receipt, hub, staged, prompts)
+        revision = commit_of(hub.base_model, None) if hub.base_model and not dry_run else None
+        card = _stage(answerer, _with_base(receipt, hub, revision), hub, staged, prompts)
         names = sorted(file.name for file in staged.iterdir())
         if dry_run:
             print(card)
             say(f"dry run   {hub.repo_id} would hold {', '.join(names)}; nothing was sent")
             return
-        trained_on = answerer.tokenizer.name_or_path
+        _say_base(hub, receipt.base, base_model)
+        command = push_command(answerer.folder, hub, model=model, samples=samples)
+        # With its hub id the base is checked as others will get it, and before anything is sent.
+        base_here = None if hub.base_model else answerer.tokenizer.name_or_path
         del answerer
-        gc.collect()  # what comes back is verified with a base of its own
-        command = push_command(folder, hub)
+        gc.collect()  # each check from here on loads a base of its own
+        if hub.base_model:
+            verified(str(staged), model=None, runs=runs)
         published = _upload(staged, hub, command)
-        _verify_published(published, staged, Path(clean) / "back", trained_on, command)
-    say(f"published {published.url} at {published.commit[:12]}, {_visible(hub)}")
+        _verify_published(published, staged, Path(clean) / "back", base_here, command)
+    visible = "private" if published.private else "public"
+    say(f"published {published.url} at {published.commit[:12]}, {visible}")
     say(f"verified  {len(names)} files fetched again: equal, and they answer as trained")
 
 
@@ -113,22 +118,33 @@ def pull(
     """Fetch an adapter and put it through every check; return lines for the screen."""
     folder = adapter_at(repo_id, revision=revision)
     answerer = verified(str(folder), model=model, runs=Path("runs"))
+    assert answerer.verification is not None
     if output is not None:
-        shutil.copytree(folder, output)
-    return [
-        f"pulled     {repo_id} → {output or shown(folder)}",
-        *report(answerer),
-        f'next       make infer ADAPTER={output or repo_id} PROMPT="…"',
-    ]
+        with whole_folder(output) as staged:
+            shutil.copytree(folder, staged, dirs_exist_ok=True)
+            (staged / SEAL).unlink()
+    lines = [f"pulled     {repo_id} → {output or shown(folder)}", *report(answerer)]
+    flags = ""
+    if answerer.verification.unproven:
+        lines.append(f"unproven   {answerer.verification.unproven}")
+        flags = ' ARGS="--template chat"'
+    return [*lines, f'next       make infer ADAPTER={output or repo_id} PROMPT="…"{flags}']
 
 
-def push_command(folder: Path, hub: HubSettings) -> str:
+def push_command(
+    folder: Path, hub: HubSettings, *, model: str | None = None, samples: str | None = None
+) -> str:
     """What a person types to publish ``folder`` as ``hub`` says."""
-    flags = [f"--adapter {folder}"]
-    flags += [f"--license {hub.license}"] if hub.license else []
-    flags += [f"--base-model {hub.base_model}"] if hub.base_model else []
-    flags += [] if hub.private else ["--public"]
-    return f"python recipe/adapter.py push {hub.repo_id} {' '.join(flags)}"
+    assert hub.repo_id is not None
+    words = ["python", "recipe/adapter.py", "push", hub.repo_id, "--adapter", str(folder)]
+    for flag, value in (
+        ("--license", hub.license),
+        ("--base-model", hub.base_model),
+        ("--model", model),
+        ("--samples", samples),
+    ):
+        words += [flag, value] if value else []
+    return shlex.join([*words, *([] if hub.private else ["--public"])])
 
 
 def say(line: str) -> None:
@@ -165,51 +181,74 @@ def _stage(
     staged.mkdir()
     for name in (ADAPTER_CONFIG, WEIGHTS, RECEIPT):
         shutil.copyfile(answerer.folder / name, staged / name)
-    base_model = _base_model(receipt.base, hub)
     if hub.base_model:
-        _rename_base(staged, hub.base_model)
-        base = receipt.base.model_copy(update={"name_or_path": hub.base_model, "revision": None})
-        receipt = receipt.model_copy(update={"base": base})
+        _rename_base(staged, receipt.base)
     seal(staged)
-    run = read_run(answerer.folder.parent)
-    shown = prompts or [
-        Prompt(number, instruction, context)
-        for number, (instruction, context) in enumerate(PROMPTS[:_SAMPLES])
-    ]
-    card = Card(
-        hub.repo_id, receipt, run, _answers(answerer, shown), hub.license, base_model
-    ).text()
-    (staged / "README.md").write_text(card)
+    run = read_run(answerer.folder.parent, receipt.manifest_sha256)
+    shown_prompts = prompts or [Prompt(n, *prompt) for n, prompt in enumerate(PROMPTS[:_SAMPLES])]
+    answers = _answers(answerer, shown_prompts)
+    base_model = _base_model(receipt.base, hub, trained=True)
+    card = Card(hub.repo_id, receipt, run, answers, hub.license, base_model)
+    try:
+        text = card.text()
+    except (AttributeError, KeyError, TypeError, ValueError):  # files of a run that somebody edited
+        text = replace(card, run=RunFacts()).text()
+    (staged / "README.md").write_text(text, encoding="utf-8")
     if run.picture:
         shutil.copyfile(run.picture, staged / PICTURE)
-    return card
+    return text
 
 
-def _base_model(base: ModelSettings, hub: HubSettings) -> str | None:
-    """The hub id that the card names.
+def _with_base(receipt: Receipt, hub: HubSettings, revision: str | None) -> Receipt:
+    """As the base is named on the hub: pinned, so that it stays the one that was checked."""
+    if not hub.base_model:
+        return receipt
+    base = {"name_or_path": hub.base_model, "revision": revision}
+    return receipt.model_copy(update={"base": receipt.base.model_copy(update=base)})
+
+
+def _base_model(base: ModelSettings, hub: HubSettings, *, trained: bool) -> str | None:
+    """The hub id that the card names; None for a folder that is found from the repository's root.
+
+    Args:
+        trained: ``base`` is of a receipt, which has the commit of everything that is on the hub.
 
     Raises:
         UserError: the base is a folder whose path tells where this user keeps things.
     """
     if hub.base_model:
         return hub.base_model
-    path = Path(base.name_or_path).expanduser()
-    if path.is_absolute():
+    name = base.name_or_path
+    is_folder = os.path.isdir(os.path.expanduser(name))  # noqa: PTH111, PTH112
+    if not is_folder and (base.revision or not trained):
+        return name
+    if Path(name).is_absolute() or ".." in Path(name).parts or name.startswith("~"):
         raise UserError.single(
             "hub.base_model",
-            f"the adapter names its base by a path of this machine ({base.name_or_path}), which "
-            "helps nobody else and tells them where you keep it. Give the base's hub id: "
-            "--base-model user/name, or hub.base_model.",
+            f"the adapter names its base by a path of this machine ({name}), which helps nobody "
+            "else and tells them where you keep it. Give the base's hub id: --base-model "
+            "user/name, or hub.base_model.",
         )
-    return None if path.is_dir() else base.name_or_path
+    return None
 
 
-def _rename_base(folder: Path, base_model: str) -> None:
-    for name, key in ((ADAPTER_CONFIG, None), (RECEIPT, "base")):
+def _say_base(hub: HubSettings, base: ModelSettings, base_model: str | None) -> None:
+    say(check_license(hub.license, base, base_model))
+    if base_model is None:
+        say(
+            f"note      the base is the folder {base.name_or_path}, which others may not have; "
+            "--base-model or hub.base_model names it by its hub id"
+        )
+
+
+def _rename_base(folder: Path, base: ModelSettings) -> None:
+    for name, inside, key in (
+        (ADAPTER_CONFIG, None, "base_model_name_or_path"),
+        (RECEIPT, "base", "name_or_path"),
+    ):
         content = json.loads((folder / name).read_text())
-        target = content[key] if key else content
-        target["name_or_path" if key else "base_model_name_or_path"] = base_model
-        target["revision"] = None
+        target = content[inside] if inside else content
+        target |= {key: base.name_or_path, "revision": base.revision}
         (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -225,7 +264,7 @@ def _answers(answerer: Answerer, prompts: list[Prompt]) -> list[Sample]:
 
 
 def _greedy(answerer: Answerer, prompts: list[Prompt], settings: GenerationSettings) -> list[str]:
-    answers = answerer.decoder(settings).answers(answerer.encode(prompts), batch_size=len(prompts))
+    answers = answerer.decoder(settings).answers(answerer.encode(prompts), batch_size=_BATCH)
     return [answer.text for (answer,) in answers]
 
 
@@ -238,7 +277,7 @@ def _upload(staged: Path, hub: HubSettings, command: str) -> Published:
 
 
 def _verify_published(
-    published: Published, staged: Path, back: Path, model: str, command: str
+    published: Published, staged: Path, back: Path, model: str | None, command: str
 ) -> None:
     """Fetch the very commit into an empty folder and check it as a stranger would."""
     try:
@@ -256,7 +295,3 @@ def _verify_published(
 
 def _unfinished(what: str, command: str) -> RunFailed:
     return RunFailed(f"{what}. The adapter is as it was; to finish: {command}")
-
-
-def _visible(hub: HubSettings) -> str:
-    return "private" if hub.private else "public"

@@ -14,6 +14,7 @@ import recipe
 from recipe.data.fingerprint import template_sha256, tokenizer_sha256
 from recipe.memory.probe import in_words, peak_memory
 from recipe.model.checkpoint import generation_config_notes
+from recipe.model.fingerprint import computing_config
 from recipe.model.lora import dtype_plan, total_parameters, trainable_parameters
 from recipe.run_data import Data, left_out, summary
 from recipe.settings import Settings, plain
@@ -126,7 +127,7 @@ def manifest_facts(run: Run) -> dict[str, Any]:
 def receipt(run: Run, folder: Path, probes: Sequence[Probe]) -> dict[str, Any]:
     """The fields of ``recipe.json`` that the run knows; see ``recipe.sharing.receipt``."""
     model = run.settings.model
-    commit = getattr(run.model.config, "_commit_hash", None)
+    commit = run.model.peft_config["default"].revision
     return {
         "recipe": recipe.__version__,
         "base": {
@@ -142,6 +143,7 @@ def receipt(run: Run, folder: Path, probes: Sequence[Probe]) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "proof": {
             "base_sha256": run.base_sha256,
+            "config": computing_config(run.model.config),
             "tokenizer_sha256": tokenizer_sha256(run.data.tokenizer),
             "template_sha256": template_sha256(run.data.template),
             "probes": [probe.model_dump() for probe in probes],

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     publishes = settings.hub.push and os.environ.get("RANK", "0") == "0"
     if publishes:
-        check_hub(settings.hub, settings.model, where="hub.repo_id")
+        check_hub(settings.hub, settings.model)
     if args.check:
         check(settings)
         return

@@ -1,5 +1,6 @@
 """All checks of one adapter: those of every load, and the probes."""
 
+import os
 from pathlib import Path
 
 from recipe.answerer import Answerer, adapter_folder, load_answerer
@@ -21,7 +22,7 @@ def verified(adapter: str | None, *, model: str | None, runs: Path) -> Answerer:
     """
     folder = adapter_folder(adapter) if adapter else newest_adapter(runs)
     # No check of an adapter without a receipt reads a template, and it does not name one.
-    template = None if (folder / RECEIPT).is_file() else "raw"
+    template = None if os.path.isfile(folder / RECEIPT) else "raw"  # noqa: PTH113
     try:
         answerer = load_answerer(adapter=str(folder), model=model, template=template, runs=runs)
         verification = answerer.verification

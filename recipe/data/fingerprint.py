@@ -22,13 +22,14 @@ _TEXTS = (
 
 
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """sha256 over vocabulary, special ids and the ids of a few awkward texts.
+    """sha256 over vocabulary, merges, special ids and the ids of a few awkward texts.
 
     Over what the tokenizer does and not over its file, whose form changes with the library that
     wrote it.
     """
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "merges": _merges(tokenizer),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         "ids": [
             tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -37,6 +38,14 @@ def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
         ],
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _merges(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Of BPE, in order; a vocabulary does not show one that is missing."""
+    if not tokenizer.is_fast:
+        return []
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges") or []
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
 
 def template_sha256(template: Template) -> str:

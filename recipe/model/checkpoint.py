@@ -145,6 +145,14 @@ def check_special_ids(
         raise UserError(problems)
 
 
+def loaded_commit(settings: ModelSettings) -> str | None:
+    """The commit of a hub id, which transformers no longer keeps; None for a folder."""
+    if os.path.isdir(settings.name_or_path):  # noqa: PTH112
+        return None
+    file = _file(settings, "config.json")
+    return file.parent.name if file else None
+
+
 def generation_config_notes(settings: ModelSettings) -> list[str]:
     """What of the checkpoint's generation config contradicts itself, one line each for the screen.
 

@@ -21,12 +21,20 @@ _CHANGES_BASE = ("pissa", "olora")
 
 
 def add_lora(
-    base: PreTrainedModel, lora: Mapping[str, Any], *, mixed_precision: bool = False
+    base: PreTrainedModel,
+    lora: Mapping[str, Any],
+    *,
+    mixed_precision: bool = False,
+    revision: str | None = None,
 ) -> PeftModel:
     """Wrap ``base`` with a fresh adapter; the base is frozen.
 
     The LoRA matrices are float32. A module that is trained whole keeps the base's dtype, unless
     ``mixed_precision``: a gradient scaler refuses 16-bit weights, and autocast casts float32 ones.
+
+    Args:
+        revision: the base's commit for adapter_config.json; without it AutoPeftModel would put the
+            adapter on whatever the main branch is then.
 
     Raises:
         UserError: a value that LoraConfig or the base refuses; an unknown target module is told
@@ -41,8 +49,6 @@ def add_lora(
         _check_names(base, key, lora.get(key))
     try:
         config = LoraConfig(**{"task_type": "CAUSAL_LM", **plain(lora)})
-        # peft keeps no revision by itself, and AutoPeftModel would take the base's main branch.
-        revision = getattr(base.config, "_commit_hash", None)
         model = get_peft_model(base, config, revision=revision)
     except (ValueError, TypeError, re.error, NotImplementedError) as error:
         reason = " ".join(str(error).split()).rstrip(".")

@@ -8,6 +8,7 @@ from recipe.settings.generation import GenerationSettings, generation_keys, gene
 from recipe.settings.lab import load_lab
 from recipe.settings.load import find_config, load_settings
 from recipe.settings.option import Absent, Option
+from recipe.settings.outputs import file_objection, folder_objection
 from recipe.settings.problem import Problem, RunFailed, UserError
 from recipe.settings.row_range import row_range
 from recipe.settings.schema import DataSettings, HubSettings, ModelSettings, Settings, plain
@@ -29,7 +30,9 @@ __all__ = [
     "Settings",
     "UserError",
     "dump",
+    "file_objection",
     "find_config",
+    "folder_objection",
     "generation_keys",
     "generation_settings",
     "load_lab",

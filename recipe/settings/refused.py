@@ -211,6 +211,11 @@ LORA: Mapping[str, Refusal] = {
     "arrow_config": Refusal("routes between trained adapters and trains none. Leave it out."),
     "auto_mapping": _WRITTEN_BY_PEFT,
     "base_model_name_or_path": _WRITTEN_BY_PEFT,
+    "bias": Refusal(
+        "trains biases of the base, which stay changed when the adapter is switched off, merged "
+        "or compared; Llama has none. Leave it out.",
+        ("all", "lora_only"),
+    ),
     "corda_config": Refusal(_CALIBRATION),
     "eva_config": Refusal(_CALIBRATION),
     "fan_in_fan_out": Refusal("for Conv1D layers as in GPT-2; Llama has none. Leave it out."),

@@ -44,7 +44,9 @@ Frozen = Annotated[Mapping[str, Any], AfterValidator(freeze), PlainSerializer(pl
 NonEmpty = Annotated[str, MinLen(1)]
 RepoId = Annotated[
     str,
-    AfterValidator(_matching(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")),
+    AfterValidator(
+        _matching(r"(?!.*(--|\.\.))[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?/[A-Za-z0-9_][\w.-]*(?<![.-])")
+    ),
     Shown("a repository such as 'user/name'"),
 ]
 LicenseId = Annotated[

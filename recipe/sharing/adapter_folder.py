@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 
+from recipe.model.fingerprint import tensors_sha256
 from recipe.model.lora import save_portable
 from recipe.sealed import whole_folder
 from recipe.settings import RunFailed, UserError
@@ -20,7 +21,8 @@ def save_adapter(
     """Write the PEFT files and ``recipe.json``; the folder appears only if they reopen well.
 
     Args:
-        receipt: the fields of ``recipe.sharing.receipt.Receipt``; ``proof.lora`` is filled in here.
+        receipt: the fields of ``recipe.sharing.receipt.Receipt``; what is of the saved
+            files in ``proof`` is filled in here.
         initial: see ``recipe.model.lora.save_portable``.
 
     Raises:
@@ -36,7 +38,8 @@ def save_adapter(
 
 def write_receipt(folder: Path, receipt: dict[str, Any]) -> None:
     """``recipe.json`` beside the PEFT files, whose configuration becomes part of the proof."""
-    proof = {**receipt["proof"], "lora": lora_fields(folder)}
+    saved = {"lora": lora_fields(folder), "weights_sha256": tensors_sha256(read_tensors(folder))}
+    proof = {**receipt["proof"], **saved}
     (folder / RECEIPT).write_text(json.dumps({**receipt, "proof": proof}, indent=1) + "\n")
 
 

@@ -1,6 +1,9 @@
 """The model card: what an adapter is, from its receipt and its run, in the hub's own metadata."""
 
+import hashlib
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,15 +38,18 @@ class RunFacts:
     picture: Path | None = None
 
 
-def read_run(run: Path) -> RunFacts:
-    """The run whose ``adapter`` folder is published; parts that are missing stay empty."""
-    if not (run / "manifest.json").is_file():
+def read_run(run: Path, manifest_sha256: str | None) -> RunFacts:
+    """What the folder around an adapter says of its run, if it is the one that made it."""
+    manifest = run / "manifest.json"
+    if not manifest.is_file():
+        return RunFacts()
+    if hashlib.sha256(manifest.read_bytes()).hexdigest() != manifest_sha256:
         return RunFacts()
     try:
         metrics = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
         return RunFacts(
             settings=yaml.safe_load((run / "settings.yaml").read_text()),
-            manifest=json.loads((run / "manifest.json").read_text()),
+            manifest=json.loads(manifest.read_text()),
             metrics=metrics,
             picture=run / PICTURE if (run / PICTURE).is_file() else None,
         )
@@ -96,8 +102,9 @@ class Card:
     def _dataset(self) -> str | None:
         """The hub id of the rows; a local file is nobody else's business."""
         path = str((self.run.settings.get("data") or {}).get("path", ""))
-        is_file = Path(path).suffix in (".json", ".jsonl", ".csv", ".parquet")
-        return path if path.count("/") == 1 and not is_file else None
+        is_file = Path(path).suffix.lower() in (".json", ".jsonl", ".csv", ".parquet")
+        is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path)
+        return path if is_id and not is_file and not os.path.exists(path) else None  # noqa: PTH110
 
     def _eval_results(self) -> list[EvalResult]:
         evaluated = [m for m in self.run.metrics if "eval_perplexity" in m]
@@ -121,21 +128,21 @@ class Card:
 
     def _introduction(self) -> str:
         lora = self.receipt.proof.lora if self.receipt.proof else {}
-        base = self.base_model or f"`{self.receipt.base.name_or_path}`"
+        base = self.base_model or f"`{_inline(self.receipt.base.name_or_path)}`"
         targets = lora.get("target_modules")
-        named = targets if isinstance(targets, str) else ", ".join(targets or [])
+        named = _inline(targets if isinstance(targets, str) else ", ".join(targets or []))
         count = self.receipt.trainable_parameters
         size = f" {count:,} parameters." if count else ""
         parts = self.receipt.combined
         made = f"Combined from {len(parts)} adapters. " if parts else ""
         return (
-            f"A LoRA adapter (r={lora.get('r')}, alpha={lora.get('lora_alpha')}, on {named}) for "
-            f"{base}.{size} {made}\n"
+            f"A LoRA adapter (r={_inline(lora.get('r'))}, alpha={_inline(lora.get('lora_alpha'))}, "
+            f"on {named}) for {base}.{size} {made}\n"
         )
 
     def _use(self) -> str:
-        base = self.base_model or self.receipt.base.name_or_path
-        revision = self.receipt.base.revision
+        base = self.base_model or _inline(self.receipt.base.name_or_path)
+        revision = _inline(self.receipt.base.revision or "")
         pinned = f', revision="{revision}"' if revision and self.base_model else ""
         return (
             "## Use\n\n```python\n"
@@ -209,7 +216,7 @@ class Card:
             f"(`{self.receipt.proof.base_sha256[:16]}…`), of tokenizer and template, and the "
             f"logits of {len(self.receipt.proof.probes)} prompts under base and tuned model. "
             f"`python recipe/adapter.py verify {self.repo_id}` compares them on your machine. "
-            f"Trained with {versions}.\n"
+            f"Trained with {_inline(versions)}.\n"
         )
 
     def _limits(self) -> str:
@@ -229,10 +236,17 @@ def _cell(text: str) -> str:
     return _escaped(cut).replace("\n", "<br>") or "*(nothing)*"
 
 
+def _inline(text: object) -> str:
+    """Of a receipt, which is data: on one line, and it cannot end the code that it stands in."""
+    return "".join(x for x in str(text) if x.isprintable() and x not in '`"<>')[:200]
+
+
 def _escaped(text: str) -> str:
-    """What a model wrote is text: no markup of it may act on the page."""
+    """What a model wrote is text: no markup of it may act on the page, or on a terminal."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = "".join(x if x.isprintable() or x == "\n" else " " for x in text)
     for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(mark, entity)
-    for mark in "\\`*_[]!#|~":
+    for mark in "\\`*_[]!#|~$":
         text = text.replace(mark, f"\\{mark}")
     return text

@@ -46,7 +46,9 @@ class Certificate(BaseModel):
 
 
 class Limits(BaseModel):
-    """What a merged model may differ by; ``logits`` is None where rounding alone is larger."""
+    """What a merged model may differ by; ``logits`` is None where rounding alone is larger, and
+    they need only be finite.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -54,14 +56,20 @@ class Limits(BaseModel):
     perplexity: float
     logits: float | None = None
 
-    def exceeded(self, certificate: Certificate) -> list[str]:
-        """What lies beyond the limits, one line each; ``not <=``, because NaN is beyond all."""
+    def exceeded(self, certificate: Certificate, *, rebatched: float = math.inf) -> list[str]:
+        """What lies beyond the limits, one line each.
+
+        Args:
+            rebatched: what the base's own logits move by when rows are computed together. Logits
+                may differ by ten times as much, and by ``logits`` at most.
+        """
         lines = []
-        if self.logits is not None and not certificate.largest_logit_difference <= self.logits:
-            lines.append(
-                f"a logit differs by {certificate.largest_logit_difference:.2g} (limit "
-                f"{self.logits:g})"
-            )
+        largest = certificate.largest_logit_difference
+        limit = math.inf
+        if self.logits is not None:
+            limit = min(self.logits, max(10 * rebatched, self.logits / 10))
+        if not (math.isfinite(largest) and largest <= limit):
+            lines.append(f"a logit differs by {largest:.2g} (limit {limit:.2g})")
         if not certificate.top_1 >= self.top_1:
             lines.append(
                 f"the first token is the same at {certificate.top_1:.2%} of the positions only "

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ _BUSY = {408, 412, 429, 500, 502, 503, 504}
 _LOCAL = ("runs/", "models/", "adapters/", "./", "../", "~/")
 _NAMES = re.compile(r"[\w.-]+/[\w.-]+")
 # What of a repository is an adapter or says something about it; anything else is not fetched.
-_WANTED = (ADAPTER_CONFIG, WEIGHTS, RECEIPT, SEAL, "README.md", "loss.png", "settings.yaml")
+_WANTED = (ADAPTER_CONFIG, WEIGHTS, RECEIPT, SEAL, "README.md", "loss.png")
 
 Result = TypeVar("Result")
 
@@ -63,6 +63,7 @@ class Published:
     repo_id: str
     commit: str
     url: str
+    private: bool
 
 
 def is_repo_id(name: str) -> bool:
@@ -87,7 +88,7 @@ def check_writable(repo_id: str, *, private: bool, where: str) -> None:
         )
     api = HfApi()
     try:
-        _check_account(_asked(api.whoami), repo_id, where)
+        _check_account(_patiently(api.whoami), repo_id, where)
         _check_repository(api, repo_id, private=private, where=where)
     except HubError as error:
         raise UserError.single(where, f"{error}. Nothing was sent.") from error
@@ -101,6 +102,13 @@ def _check_account(account: dict[str, Any], repo_id: str, where: str) -> None:
             where,
             f"the token is of {account['name']}, who cannot publish as {namespace}. Use "
             f"{' or '.join(f'{name}/…' for name in names[:5])}, or the token of {namespace}.",
+        )
+    role = {org["name"]: org.get("roleInOrg") for org in account.get("orgs") or []}.get(namespace)
+    if role == "read":
+        raise UserError.single(
+            where,
+            f"{account['name']} may only read in {namespace}. Ask its owners, or publish "
+            f"as {account['name']}/….",
         )
     token = (account.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
@@ -126,12 +134,18 @@ def _writes(fine_grained: Any, repo_id: str) -> bool:
 
 def _check_repository(api: HfApi, repo_id: str, *, private: bool, where: str) -> None:
     try:
-        info = _asked(lambda: api.repo_info(repo_id))
+        info = _patiently(lambda: api.model_info(repo_id))
     except HubError as error:
         if isinstance(error.__cause__, RepositoryNotFoundError):
             return  # it will be made
         raise
-    _asked(lambda: api.auth_check(repo_id, write=True))
+    _patiently(lambda: api.auth_check(repo_id, write=True))
+    if pickles := _pickles(file.rfilename for file in info.siblings or []):
+        raise UserError.single(
+            where,
+            f"{repo_id} holds {', '.join(pickles[:3])}, which can run code when it is read; "
+            "nobody would get an adapter from there. Remove it, or name another repository.",
+        )
     if private and not info.private:
         raise UserError.single(
             where,
@@ -156,8 +170,9 @@ def upload(
         lambda: api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message), say
     )
     url = f"{api.endpoint}/{repo_id}"
+    hidden = bool(_patiently(lambda: api.repo_info(repo_id)).private)
     # Nothing to commit where the very same files are there: then the newest commit has them.
-    return Published(repo_id, commit.oid, url)
+    return Published(repo_id, commit.oid, url, private=hidden)
 
 
 def commit_of(repo_id: str, revision: str | None) -> str:
@@ -222,8 +237,7 @@ def _listing(api: HfApi, repo_id: str, revision: str | None) -> tuple[dict[str, 
     commit = commit_of(repo_id, revision)
     entries = _patiently(lambda: list(api.list_repo_tree(repo_id, revision=commit, recursive=True)))
     files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-    pickles = sorted(name for name in files if Path(name).suffix.lower() in PICKLES)
-    if pickles:
+    if pickles := _pickles(files):
         raise UserError.single(
             "adapter",
             f"{repo_id} holds {', '.join(pickles[:3])}, which can run code when it is read, so "
@@ -234,6 +248,10 @@ def _listing(api: HfApi, repo_id: str, revision: str | None) -> tuple[dict[str, 
             "adapter", f"{repo_id} is no adapter: it has no {missing[0]}. Correct the name."
         )
     return {name: files[name] for name in _WANTED if name in files}, commit
+
+
+def _pickles(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if Path(name).suffix.lower() in PICKLES)
 
 
 def _is_what_the_hub_has(path: Path, entry: RepoFile) -> bool:
@@ -281,6 +299,8 @@ def _asked(call: Callable[[], Result]) -> Result:
 
 
 def _is_of_the_network(error: Exception) -> bool:
+    if isinstance(error, ValueError):  # such as a name that no repository can have
+        return False
     module = type(error).__module__
     return isinstance(error, ConnectionError | TimeoutError) or module.startswith(
         ("httpx", "httpcore", "huggingface_hub", "requests")

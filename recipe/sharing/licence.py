@@ -35,8 +35,8 @@ def _license_of(base: ModelSettings, base_model: str | None) -> str | None:
     card = Path(base.name_or_path) / "README.md"
     if card.is_file():
         try:
-            return (metadata_load(str(card)) or {}).get("license")
-        except ValueError:  # metadata that is no YAML
+            return _single((metadata_load(str(card)) or {}).get("license"))
+        except Exception:  # metadata that is no YAML, or no table
             return None
     if base_model is None:
         return None
@@ -44,4 +44,11 @@ def _license_of(base: ModelSettings, base_model: str | None) -> str | None:
         info = HfApi().model_info(base_model)
     except Exception:  # no such repository, no network: what is unknown is said to be
         return None
-    return getattr(info.card_data, "license", None)
+    return _single(getattr(info.card_data, "license", None))
+
+
+def _single(named: object) -> str | None:
+    """Old cards have lists; of several nobody can say which one holds."""
+    if isinstance(named, list) and len(named) == 1:
+        named = named[0]
+    return named if isinstance(named, str) else None

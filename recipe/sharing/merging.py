@@ -83,7 +83,9 @@ def _untie(model: PeftModel) -> None:
     changed = any(
         isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) for module in (head, embedding)
     )
-    if not changed or not base.config.tie_word_embeddings:
+    # With ensure_weight_tying peft trains and merges the two as one.
+    shared = any(config.ensure_weight_tying for config in model.peft_config.values())
+    if not changed or shared or not base.config.tie_word_embeddings:
         return
     base.config.tie_word_embeddings = False
     plain = _base_of(head)

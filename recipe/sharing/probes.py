@@ -4,7 +4,7 @@ Stored beside the adapter, they show on any machine whether it still does what i
 that is more than that its files are whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,12 +31,15 @@ _TOP_K = 10
 # model is measured by `make bench-adapter`.
 TOLERANCE = {"float32": 5e-4, "float16": 1e-1, "bfloat16": 3e-1}
 _QUANTIZED = 3e-1
+# The base shows how this machine rounds: where its logits agree to the last digit, the tuned ones
+# have no reason to differ by all that the dtype would excuse.
+_TIMES_BASE = 4
+_LEAST_SHARE = 1 / 6
 
 
 class Probe(BaseModel):
     """One prompt behind its template. ``token_ids`` are the likeliest next tokens of the base and
-    of the tuned model, ``base`` and ``tuned`` their logits, ``spread`` the standard deviation of
-    the base's logits over the whole vocabulary.
+    of the tuned model, ``base`` and ``tuned`` their logits.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,7 +47,6 @@ class Probe(BaseModel):
     prompt: str
     input_ids: list[int]
     token_ids: list[int]
-    spread: float
     base: list[float]
     tuned: list[float]
 
@@ -134,7 +136,6 @@ def make_probes(
                 prompt=text,
                 input_ids=list(row),
                 token_ids=token_ids,
-                spread=before.std().item(),
                 base=before[token_ids].tolist(),
                 tuned=after[token_ids].tolist(),
             )
@@ -146,28 +147,30 @@ def compare_probes(
     probes: Sequence[Probe], *, base: torch.Tensor, tuned: torch.Tensor
 ) -> Difference:
     """How far the logits of now lie from the stored ones, and the stored ones from each other."""
+    spreads = base.std(dim=-1)
 
-    def largest(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        return max(
-            ((now - then).abs().max() / probe.spread).item()
-            for probe, (now, then) in zip(probes, pairs, strict=True)
-        )
-
-    def stored(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32)
+    def largest(pairs: Iterable[tuple[torch.Tensor, Sequence[float]]]) -> float:
+        differences = [
+            (now - torch.tensor(then, dtype=torch.float32)).abs().max() / spread
+            for spread, (now, then) in zip(spreads, pairs, strict=True)
+        ]
+        return torch.stack(differences).max().item()  # NaN, if one is
 
     return Difference(
-        base=largest([(b[p.token_ids], stored(p.base)) for b, p in zip(base, probes, strict=True)]),
-        tuned=largest(
-            [(t[p.token_ids], stored(p.tuned)) for t, p in zip(tuned, probes, strict=True)]
-        ),
-        effect=largest([(stored(p.tuned), stored(p.base)) for p in probes]),
+        base=largest((b[p.token_ids], p.base) for b, p in zip(base, probes, strict=True)),
+        tuned=largest((t[p.token_ids], p.tuned) for t, p in zip(tuned, probes, strict=True)),
+        effect=largest((torch.tensor(p.tuned), p.base) for p in probes),
     )
 
 
 def tolerance(model: nn.Module) -> float:
-    """See ``TOLERANCE``; a base in 4 or 8 bit rounds differently on every device."""
+    """For the base: see ``TOLERANCE``; one in 4 or 8 bit rounds differently on every device."""
     if getattr(model, "is_quantized", False):
         return _QUANTIZED
     dtype = str(getattr(model, "dtype", torch.float32)).removeprefix("torch.")
     return TOLERANCE.get(dtype, TOLERANCE["bfloat16"])
+
+
+def tuned_tolerance(limit: float, base_difference: float) -> float:
+    """For the tuned model, where the base was found to differ by so much of its ``limit``."""
+    return min(limit, max(_LEAST_SHARE * limit, _TIMES_BASE * base_difference))

@@ -4,6 +4,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from recipe.data.cache import recipe_cache
 from recipe.sealed import damage
 from recipe.settings import RunFailed
@@ -35,11 +37,15 @@ def adapter_at(repo_id: str, *, revision: str | None = None) -> Path:
     try:
         commit = commit_of(repo_id, revision)
         folder = place / commit
-        if not folder.is_dir() or damage(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            download(repo_id, folder, revision=commit)
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / ".lock"):  # another process may want it too
+            if not folder.is_dir() or damage(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                download(repo_id, folder, revision=commit)
+    except OSError as error:  # a full disk, or a cache that cannot be written
+        raise RunFailed(f"{repo_id} could not be kept in {place}: {error}") from error
     except HubError as error:
-        kept = sorted(place.glob("*/"), key=lambda one: one.stat().st_mtime_ns)
+        kept = sorted(place.glob("[!.]*/"), key=lambda one: one.stat().st_mtime_ns)
         if revision is None and kept and (error.status == 0 or error.passing):
             print(f"{repo_id}: {error}. Using {kept[-1].name}, fetched before.", file=sys.stderr)
             return kept[-1]

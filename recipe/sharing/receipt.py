@@ -25,23 +25,25 @@ _NOT_COMPARED = (
 class Proof(BaseModel):
     """What a copy of the adapter, on a machine that has the base, can be checked against.
 
-    ``lora`` are the fields of adapter_config.json as they were trained, ``base_sha256`` see
-    ``recipe.model.fingerprint``, the other hashes ``recipe.data.fingerprint``.
+    ``lora`` are the fields of adapter_config.json as they were trained; ``base_sha256``, ``config``
+    and ``weights_sha256``, which is of the adapter's tensors, are ``recipe.model.fingerprint``'s,
+    the other hashes ``recipe.data.fingerprint``'s.
     """
 
     model_config = ConfigDict(frozen=True)
 
     base_sha256: str
+    config: dict[str, Any]
     tokenizer_sha256: str
     template_sha256: str
+    weights_sha256: str
     lora: dict[str, Any]
     probes: list[Probe]
 
     @model_validator(mode="after")
     def _has_probes(self) -> "Proof":
         whole = all(
-            0 < len(p.token_ids) == len(p.base) == len(p.tuned) and p.input_ids and p.spread > 0
-            for p in self.probes
+            0 < len(p.token_ids) == len(p.base) == len(p.tuned) and p.input_ids for p in self.probes
         )
         if not self.probes or not whole:
             raise ValueError("no whole probes")

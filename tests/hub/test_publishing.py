@@ -50,6 +50,9 @@ def test_trained_and_pushed_in_one_command(user, hub, tmp_path):
     assert sorted(there) == PUBLISHED
     for name in ("adapter_config.json", "recipe.json"):
         assert (clone / name).read_bytes() == (user.run / "adapter" / name).read_bytes()
+    commit = hub.repositories.get(BASE).resolve("main")
+    assert json.loads((clone / "recipe.json").read_text())["base"]["revision"] == commit
+    assert json.loads((clone / "adapter_config.json").read_text())["revision"] == commit
     card = (clone / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["base_model"] == BASE
@@ -111,7 +114,7 @@ def test_a_dry_run_sends_nothing(user, trained, hub):
     assert "license: mit" in answer.out
     assert "nothing was sent" in answer.out
     assert not [record for record in hub.requests if record.method not in ("GET", "HEAD")]
-    assert not hub.lines(TUNED)
+    assert TUNED not in hub.repositories
 
 
 def test_pushing_again_is_no_new_commit(user, trained, hub):
@@ -128,7 +131,10 @@ def test_pushing_again_is_no_new_commit(user, trained, hub):
         ("hf_unknown", {}, "hub.repo_id: the hub answered 401"),
         (ALICE_READS, {}, "hub.repo_id: the token can only read."),
         (BOB, {}, "hub.repo_id: the token is of bob, who cannot publish as alice."),
-        (BOB, {"repo_id": "lab/x"}, "hub.repo_id: the hub answered 403"),
+        (BOB, {"repo_id": "lab/x"}, "hub.repo_id: bob may only read in lab."),
+        (BOB, {"repo_id": "lab/new"}, "hub.repo_id: bob may only read in lab."),
+        (ALICE, {"repo_id": "alice/old"}, "hub.repo_id: alice/old holds model.bin, which can run"),
+        (ALICE, {"repo_id": "alice/a--b"}, "hub.repo_id: expected a repository such as"),
         ("hf_fine", {}, "hub.repo_id: the token is fine-grained and may not write to alice/tuned"),
         (ALICE, {"repo_id": "alice/open"}, "hub.repo_id: alice/open is there already and public"),
         (ALICE, {"repo_id": "mine"}, "hub.repo_id: expected a repository such as 'user/name'"),
@@ -139,6 +145,7 @@ def test_what_cannot_be_published_is_told_before_training(user, hub, token, hub_
     hub.tokens["hf_fine"] = Token("alice", "fineGrained", (("model", BASE, ("repo.write",)),))
     hub.create("alice/open", {"a": b"a"})
     hub.create("lab/x", {"a": b"a"})
+    hub.create("alice/old", {"model.bin": b"a"}, private=True)
     hub.tokens[BOB] = Token("bob")
     answer = user.train(hub={"push": True, "repo_id": TUNED, **hub_section}, token=token)
     assert answer.code == 2
@@ -253,7 +260,7 @@ def test_a_folder_with_a_pickle_is_not_published(user, trained, hub):
     answer = user.adapter("push", TUNED)
     assert answer.code == 3
     assert "training_args.bin is a pickle" in answer.err
-    assert not hub.lines(TUNED)
+    assert TUNED not in hub.repositories
 
 
 def test_an_adapter_of_plain_peft_is_not_published_and_said_to_be_unproven(user, trained, hub):
@@ -263,7 +270,7 @@ def test_an_adapter_of_plain_peft_is_not_published_and_said_to_be_unproven(user,
     answer = user.adapter("push", TUNED, "--adapter", "plain")
     assert answer.code == 3
     assert "unproven" in answer.err
-    assert not hub.lines(TUNED)
+    assert TUNED not in hub.repositories
 
 
 def test_a_hub_that_does_not_answer(user, trained, hub):

@@ -30,7 +30,7 @@ VARIANTS = {
 
 
 CHECKS = [
-    "whole", "config", "keys", "shapes", "finite", "effect",
+    "whole", "config", "keys", "shapes", "finite", "effect", "weights",
     "base", "tokenizer", "template", "probes",
 ]  # fmt: skip
 

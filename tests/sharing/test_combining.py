@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from recipe import adapter as command
 from recipe.combine import Combination, combine
 from recipe.exit_codes import run_command
 from recipe.finetune import finetune
-from recipe.settings import UserError, load_settings
+from recipe.settings import RunFailed, UserError, load_settings
 from recipe.verify import verified
 from tests.conftest import ROWS
+from tests.sharing.damage import each, reseal_with_proof
 
 
 @pytest.fixture
@@ -87,11 +89,51 @@ def test_another_template_or_base_is_refused(pair, tmp_path, write_config):
     assert not (tmp_path / "both").exists()
 
 
+def test_an_adapter_that_fails_its_own_check_is_not_made_sound_by_a_sum(pair, tmp_path):
+    bad = Path(shutil.copytree(f"{pair[1]}/adapter", tmp_path / "bad"))
+    each("lora_B", torch.neg)(bad)
+    reseal_with_proof(bad)
+    with pytest.raises(RunFailed, match="bad: probes: the tuned logits differ"):
+        make([pair[0], str(bad)], tmp_path, "cat")
+    assert not list(tmp_path.glob("*both*"))
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_rslora_keeps_its_scale(write_config, tmp_path, tiny_checkpoint, kind):
+    """peft takes use_rslora over to the sum, which has the scale of its parts already."""
+    names = [str(tmp_path / name) for name in ("a", "b")]
+    for seed, name in enumerate(names):
+        config = write_config(
+            lora={"use_rslora": True}, training={"output_dir": name, "seed": seed}
+        )
+        finetune(load_settings(str(config)))
+    folder, _ = make(
+        names, tmp_path, kind, weights=(1.0, 0.5), svd_rank=8 * (kind == "svd") or None
+    )
+    a, b, both = (
+        changes(one, tiny_checkpoint) for one in (*(f"{n}/adapter" for n in names), folder)
+    )
+    for name in both:
+        torch.testing.assert_close(both[name], a[name] + 0.5 * b[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_what_a_sum_would_leave_out_is_refused(write_config, tmp_path, lora):
+    names = [str(tmp_path / name) for name in ("a", "b")]
+    for name in names:
+        finetune(load_settings(str(write_config(lora=lora, training={"output_dir": name}))))
+    with pytest.raises(UserError, match=f"has {next(iter(lora))}, which a sum"):
+        make(names, tmp_path, "cat")
+    assert not list(tmp_path.glob("*both*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["a"], "adapter: one alone cannot be combined."),
         (["a", "b", "--weights", "1"], "--weights: 1 for 2 adapters."),
+        (["a", "b", "--weights", "0", "0"], "--weights: expected numbers, not all of them zero."),
+        (["a", "b", "--weights", "nan", "1"], "--weights: expected numbers"),
         (["a", "b", "--svd-rank", "4"], "--svd-rank: goes with --combination-type svd"),
         (["a", "b"], "adapter: a is no folder."),
     ],

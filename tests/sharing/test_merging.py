@@ -36,6 +36,8 @@ def tiny(*, tied=False, dtype=torch.float32):
 
 def tuned(base, seed=1, **lora):
     """An adapter that does something, whatever its kind."""
+    if lora.get("ensure_weight_tying") and not base.config.tie_word_embeddings:
+        pytest.skip("there is nothing to tie")
     torch.manual_seed(seed)
     config = LoraConfig(
         **{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **lora}
@@ -55,6 +57,10 @@ VARIANTS = {
     "ranks by layer": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "trained head": {"modules_to_save": ["lm_head"]},
+    "head trained with the embedding": {
+        "modules_to_save": ["lm_head"],
+        "ensure_weight_tying": True,
+    },
 }
 
 

@@ -153,7 +153,7 @@ def test_nan_stops_the_run_and_saves_nothing(write_config, tmp_path):
 
 @pytest.mark.parametrize("lora", [{}, {"init_lora_weights": "pissa"}])
 def test_an_adapter_that_learned_nothing_is_not_saved(write_config, tmp_path, lora):
-    with pytest.raises(RunFailed, match="B·A is zero for .* so it changes nothing"):
+    with pytest.raises(RunFailed, match=r"B·A is zero for .* so it changes nothing"):
         run(write_config(lora=lora, training={"learning_rate": 1e-60, "max_steps": 1}))
     assert not (tmp_path / "run/adapter").exists()
 
