@@ -68,7 +68,7 @@ def test_a_damaged_config(file, content):
 def test_any_value_of_known_keys(file, changes, quotes):
     config = {section: dict(values) for section, values in VALID.items()}
     for (section, key), value in changes.items():
-        config[section][key] = value
+        config.setdefault(section, {})[key] = value
     text = yaml.safe_dump(config, default_style=quotes, allow_unicode=True)
     outcome(file, text.encode(errors="surrogatepass"))
 
