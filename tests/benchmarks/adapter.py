@@ -1,6 +1,6 @@
 """What the checks of an adapter cost at each load, and how far its probes move by rounding alone.
 
-    make bench-adapter ADAPTER=runs/starter-001
+make bench-adapter ADAPTER=runs/starter-001
 """
 
 import argparse
