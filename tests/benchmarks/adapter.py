@@ -18,7 +18,13 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from recipe.answerer import Answerer, load_answerer
 from recipe.quiet import quiet_libraries
-from recipe.sharing.probes import TOLERANCE, compare_probes, encode_probes, next_token_logits
+from recipe.sharing.probes import (
+    TOLERANCE,
+    compare_probes,
+    encode_probes,
+    next_token_logits,
+    tuned_tolerance,
+)
 
 PAIRS = 5
 
@@ -77,7 +83,8 @@ def rounding(answerer: Answerer) -> None:
     _, rows = encode_probes(answerer.template, answerer.tokenizer)
     model = answerer.model
     threads = torch.get_num_threads()
-    print("| computed | base differs | tuned differs | tolerance |\n|---|---|---|---|")
+    print("| computed | base differs | tolerance | tuned differs | tolerance |")
+    print("|---|---|---|---|---|")
     for name, dtype, kernel, count in (
         ("as when it was saved", torch.float32, nullcontext(), threads),
         ("one thread", torch.float32, nullcontext(), 1),
@@ -94,7 +101,11 @@ def rounding(answerer: Answerer) -> None:
                 base = next_token_logits(model, rows)
         found = compare_probes(probes, base=base, tuned=tuned)
         limit = TOLERANCE.get(str(dtype).removeprefix("torch."), TOLERANCE["float32"])
-        print(f"| {name} | {found.base:.1e} | {found.tuned:.1e} | {limit:g} |", flush=True)
+        tuned_limit = tuned_tolerance(limit, found.base)
+        print(
+            f"| {name} | {found.base:.1e} | {limit:g} | {found.tuned:.1e} | {tuned_limit:.2g} |",
+            flush=True,
+        )
     torch.set_num_threads(threads)
     print(f"the adapter moves them by up to {found.effect:.2f}")
 
