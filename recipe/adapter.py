@@ -119,7 +119,7 @@ def _check(args: argparse.Namespace) -> None:
     ):
         value = getattr(args, where.lstrip("-").replace("-", "_"), None)
         if value is not None and (objection := options("hub")[key].objection(value)):
-            problems.append(Problem(where, objection))
+            problems.append(Problem(where, objection.replace(" or null", "")))
     if getattr(args, "adapter", None) == "none":
         said = "none is the base alone, and this is about an adapter. Name one."
         problems.append(Problem("adapter", said))

@@ -25,7 +25,7 @@ from recipe.model.checkpoint import load_base, load_config, load_tokenizer
 from recipe.settings import GenerationSettings, ModelSettings, Problem, UserError
 from recipe.sharing.adapter_folder import load_adapter, newest_adapter
 from recipe.sharing.certificate import template_of_merged
-from recipe.sharing.hub import is_repo_id
+from recipe.sharing.hub import names_repository
 from recipe.sharing.pulled import adapter_at, shown
 from recipe.sharing.receipt import read_receipt
 from recipe.sharing.verification import Verification, base_settings
@@ -210,7 +210,7 @@ def adapter_folder(named: str) -> Path:
     Raises:
         UserError, RunFailed: see ``recipe.sharing.pulled``.
     """
-    if is_repo_id(named):
+    if names_repository(named):
         return adapter_at(named)
     inside = Path(named) / "adapter"
     return inside if os.path.isdir(inside) else Path(named)  # noqa: PTH112

@@ -27,7 +27,6 @@ from recipe.sharing.probes import PROMPTS
 from recipe.sharing.pulled import adapter_at, shown
 from recipe.sharing.receipt import ADAPTER_CONFIG, RECEIPT, Receipt
 from recipe.sharing.tensors import WEIGHTS
-from recipe.sharing.verification import unsafe_files
 from recipe.verify import report, verified
 
 _SAMPLES = 3
@@ -76,7 +75,7 @@ def publish(
     base_model = _base_model(receipt.base, hub, trained=True)
     with tempfile.TemporaryDirectory(prefix="recipe-push-") as clean:
         staged = Path(clean) / "adapter"
-        revision = commit_of(hub.base_model, None) if hub.base_model and not dry_run else None
+        revision = _commit(hub.base_model) if hub.base_model and not dry_run else None
         card = _stage(answerer, _with_base(receipt, hub, revision), hub, staged, prompts)
         names = sorted(file.name for file in staged.iterdir())
         if dry_run:
@@ -159,9 +158,6 @@ def _receipt(answerer: Answerer) -> Receipt:
             f"unproven: {answerer.verification.unproven}, and what nobody can check is not "
             "published here. `hf upload` does it without."
         )
-    assert answerer.folder is not None
-    if problems := unsafe_files(answerer.folder):
-        raise RunFailed("\n".join(f"files: {line}. Remove it." for line in problems))
     return answerer.verification.receipt
 
 
@@ -197,6 +193,17 @@ def _stage(
     if run.picture:
         shutil.copyfile(run.picture, staged / PICTURE)
     return text
+
+
+def _commit(base_model: str) -> str:
+    try:
+        return commit_of(base_model, None)
+    except (HubError, UserError) as error:
+        raise UserError.single(
+            "hub.base_model",
+            f"{base_model} cannot be had from the hub, so nobody could use the adapter with it "
+            f"({error}). Correct the name: --base-model, or hub.base_model.",
+        ) from error
 
 
 def _with_base(receipt: Receipt, hub: HubSettings, revision: str | None) -> Receipt:
@@ -282,15 +289,15 @@ def _verify_published(
     """Fetch the very commit into an empty folder and check it as a stranger would."""
     try:
         download(published.repo_id, back, revision=published.commit)
+        for name in (ADAPTER_CONFIG, WEIGHTS, RECEIPT, "README.md"):
+            if (back / name).read_bytes() != (staged / name).read_bytes():
+                raise RunFailed(f"{name} is another than was sent")
+        verified(str(back), model=model, runs=back)
     except HubError as error:
         raise _unfinished(f"published, but not checked: {error}", command) from error
-    for name in (ADAPTER_CONFIG, WEIGHTS, RECEIPT, "README.md"):
-        if (back / name).read_bytes() != (staged / name).read_bytes():
-            raise RunFailed(
-                f"{name} came back from {published.repo_id} other than it was sent. Push again, "
-                f"and tell the hub's operators: {command}"
-            )
-    verified(str(back), model=model, runs=back)
+    except RunFailed as error:
+        what = f"published, but what came back is not sound: {error}".rstrip(".")
+        raise _unfinished(what, command) from error
 
 
 def _unfinished(what: str, command: str) -> RunFailed:

@@ -14,6 +14,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", r".*checkpointing.* is deprecated", FutureWarning)
     # peft warns that PiSSA and OLoRA change the base; save_portable is what it asks for.
     warnings.filterwarnings("ignore", r"(PiSSA|OLoRA) changes the base weights", UserWarning)
+    # When it tries again it prints the address, which for uploads carries a signature that lets
+    # anybody write there.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     from transformers import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

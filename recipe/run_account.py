@@ -89,6 +89,7 @@ def conclusion(
         f"saved     {folder / 'adapter'} (reopened: whole, finite, as trained)",
         f"          {folder / 'loss.png'}, {folder / 'metrics.jsonl'}",
         'next      make infer PROMPT="…"  asks it; ADAPTER=none asks the base',
+        "          make verify  checks it; make push REPO=user/name  publishes it",
         f"          make train CONFIG={folder / 'settings.yaml'}  repeats this run",
     ]
 

@@ -11,7 +11,14 @@ from recipe.settings.option import Absent, Option
 from recipe.settings.outputs import file_objection, folder_objection
 from recipe.settings.problem import Problem, RunFailed, UserError
 from recipe.settings.row_range import row_range
-from recipe.settings.schema import DataSettings, HubSettings, ModelSettings, Settings, plain
+from recipe.settings.schema import (
+    DataSettings,
+    HubSettings,
+    ModelSettings,
+    Settings,
+    is_repo_id,
+    plain,
+)
 from recipe.settings.sections import SECTIONS, options
 from recipe.settings.strategies import STRATEGIES, TOGETHER
 
@@ -35,6 +42,7 @@ __all__ = [
     "folder_objection",
     "generation_keys",
     "generation_settings",
+    "is_repo_id",
     "load_lab",
     "load_settings",
     "options",

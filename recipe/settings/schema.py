@@ -31,6 +31,14 @@ def _checked_range(text: str) -> str:
     return text
 
 
+_REPO_ID = r"(?!.*(--|\.\.))[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?/[A-Za-z0-9_][\w.-]*(?<![.-])"
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether ``text`` could be a repository of the hub, ``user/name``."""
+    return bool(re.fullmatch(_REPO_ID, text))
+
+
 def _matching(pattern: str) -> Callable[[str], str]:
     def checked(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -44,9 +52,7 @@ Frozen = Annotated[Mapping[str, Any], AfterValidator(freeze), PlainSerializer(pl
 NonEmpty = Annotated[str, MinLen(1)]
 RepoId = Annotated[
     str,
-    AfterValidator(
-        _matching(r"(?!.*(--|\.\.))[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?/[A-Za-z0-9_][\w.-]*(?<![.-])")
-    ),
+    AfterValidator(_matching(_REPO_ID)),
     Shown("a repository such as 'user/name'"),
 ]
 LicenseId = Annotated[

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from recipe.data.templates import ALPACA_WITHOUT_INPUT
+from recipe.settings import is_repo_id
 from recipe.sharing.receipt import Receipt
 
 PICTURE = "loss.png"
@@ -103,8 +103,7 @@ class Card:
         """The hub id of the rows; a local file is nobody else's business."""
         path = str((self.run.settings.get("data") or {}).get("path", ""))
         is_file = Path(path).suffix.lower() in (".json", ".jsonl", ".csv", ".parquet")
-        is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path)
-        return path if is_id and not is_file and not os.path.exists(path) else None  # noqa: PTH110
+        return path if is_repo_id(path) and not is_file and not os.path.exists(path) else None  # noqa: PTH110
 
     def _eval_results(self) -> list[EvalResult]:
         evaluated = [m for m in self.run.metrics if "eval_perplexity" in m]

@@ -6,7 +6,6 @@ and sends it to the hub alone; nothing here reads, shows or keeps it.
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -25,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from recipe.sealed import SEAL, damage, whole_folder
-from recipe.settings import RunFailed, UserError
+from recipe.settings import RunFailed, UserError, is_repo_id
 from recipe.sharing.receipt import ADAPTER_CONFIG, RECEIPT
 from recipe.sharing.tensors import WEIGHTS
 from recipe.sharing.verification import PICKLES
@@ -35,7 +34,6 @@ _LONGEST_WAIT = 60.0
 _BUSY = {408, 412, 429, 500, 502, 503, 504}
 # A mistyped path must not be asked of the hub.
 _LOCAL = ("runs/", "models/", "adapters/", "./", "../", "~/")
-_NAMES = re.compile(r"[\w.-]+/[\w.-]+")
 # What of a repository is an adapter or says something about it; anything else is not fetched.
 _WANTED = (ADAPTER_CONFIG, WEIGHTS, RECEIPT, SEAL, "README.md", "loss.png")
 
@@ -66,9 +64,9 @@ class Published:
     private: bool
 
 
-def is_repo_id(name: str) -> bool:
+def names_repository(name: str) -> bool:
     """Whether ``name`` is meant as a repository ``user/name``: it could be, and is no path here."""
-    if name.startswith(_LOCAL) or not _NAMES.fullmatch(name):
+    if name.startswith(_LOCAL) or not is_repo_id(name):
         return False
     return not os.path.exists(name)  # noqa: PTH110
 
@@ -166,13 +164,23 @@ def upload(
     """
     api = HfApi()
     _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True), say)
+    hidden = bool(_patiently(lambda: api.model_info(repo_id), say).private)
     commit = _patiently(
         lambda: api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message), say
     )
     url = f"{api.endpoint}/{repo_id}"
-    hidden = bool(_patiently(lambda: api.repo_info(repo_id)).private)
     # Nothing to commit where the very same files are there: then the newest commit has them.
     return Published(repo_id, commit.oid, url, private=hidden)
+
+
+def license_of(repo_id: str) -> object:
+    """What the card of a model names as its licence; None if it names none.
+
+    Raises:
+        HubError: the hub does not say.
+    """
+    info = _patiently(lambda: HfApi().model_info(repo_id))
+    return getattr(info.card_data, "license", None)
 
 
 def commit_of(repo_id: str, revision: str | None) -> str:

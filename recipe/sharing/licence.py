@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, metadata_load
+from huggingface_hub import metadata_load
+from yaml import YAMLError
 
 from recipe.settings import ModelSettings, UserError
+from recipe.sharing.hub import HubError, license_of
 
 # They ask for notices and forbid no other licence on what builds on them.
 _PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "isc", "mit", "unlicense"}
@@ -19,7 +21,10 @@ def check_license(chosen: str | None, base: ModelSettings, base_model: str | Non
     Raises:
         UserError: the base's licence holds for what builds on it, and another was chosen.
     """
-    theirs = _license_of(base, base_model)
+    try:
+        theirs = _license_of(base, base_model)
+    except HubError as error:
+        return f"licence   {chosen or 'none'}; not checked against the base's, because {error}"
     if theirs is None:
         return f"licence   {chosen or 'none'}; the base names none, so that is not checked"
     if chosen is None or chosen == theirs or theirs in _PERMISSIVE:
@@ -33,18 +38,12 @@ def check_license(chosen: str | None, base: ModelSettings, base_model: str | Non
 
 def _license_of(base: ModelSettings, base_model: str | None) -> str | None:
     card = Path(base.name_or_path) / "README.md"
-    if card.is_file():
-        try:
-            return _single((metadata_load(str(card)) or {}).get("license"))
-        except Exception:  # metadata that is no YAML, or no table
-            return None
-    if base_model is None:
-        return None
+    if not card.is_file():
+        return _single(license_of(base_model)) if base_model else None
     try:
-        info = HfApi().model_info(base_model)
-    except Exception:  # no such repository, no network: what is unknown is said to be
+        return _single((metadata_load(str(card)) or {}).get("license"))
+    except (OSError, ValueError, AttributeError, YAMLError):  # metadata that is no table
         return None
-    return _single(getattr(info.card_data, "license", None))
 
 
 def _single(named: object) -> str | None:

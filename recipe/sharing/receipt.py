@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from recipe.sealed import SEAL, damage
 from recipe.settings import ModelSettings, UserError
 from recipe.sharing.probes import Probe
 
@@ -77,24 +76,7 @@ def lora_fields(folder: Path) -> dict[str, Any]:
 
 
 def read_receipt(folder: Path) -> Receipt:
-    """``recipe.json`` of an adapter whose files are whole.
-
-    Raises:
-        UserError: no adapter of this recipe is there, a file of it changed, or it does not say
-            which base and template it belongs to.
-    """
-    if not (folder / RECEIPT).is_file():
-        found = f"holds no {RECEIPT}" if folder.is_dir() else "is no folder"
-        raise UserError.single(
-            "adapter", f"{folder} {found}. Name a run that was finished, or its adapter folder."
-        )
-    if problems := damage(folder):
-        raise UserError.single("adapter", f"{'; '.join(problems)}. Use another copy.")
-    return parse_receipt(folder)
-
-
-def parse_receipt(folder: Path) -> Receipt:
-    """``recipe.json`` of a folder, whole or not.
+    """``recipe.json`` of a folder, whole or not; ``Verification.files`` says which.
 
     Raises:
         UserError: it is not what this recipe writes.
@@ -107,11 +89,6 @@ def parse_receipt(folder: Path) -> Receipt:
             f"{folder / RECEIPT} does not say which base and template the adapter belongs to, or "
             f"not as this recipe writes it ({_first_line(error)}). Use another copy.",
         ) from error
-
-
-def is_sealed(folder: Path) -> bool:
-    """Whether the hashes of the files lie beside them."""
-    return (folder / SEAL).is_file()
 
 
 def _is_names(value: object) -> bool:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 from recipe.data.fingerprint import template_sha256, tokenizer_sha256
 from recipe.data.templates import Template
 from recipe.model.fingerprint import computing_config, tensors_sha256, weights_sha256
-from recipe.sealed import damage
+from recipe.sealed import SEAL, damage
 from recipe.settings import ModelSettings, Problem, UserError
 from recipe.sharing.adapter_folder import read_config
 from recipe.sharing.probes import (
@@ -33,9 +33,8 @@ from recipe.sharing.receipt import (
     ADAPTER_CONFIG,
     RECEIPT,
     Receipt,
-    is_sealed,
     lora_fields,
-    parse_receipt,
+    read_receipt,
 )
 from recipe.sharing.tensors import (
     WEIGHTS,
@@ -96,15 +95,13 @@ class Verification:
                 "adapter",
                 f"{self.folder} {found}. Name a run that was finished, or its adapter folder.",
             )
-        if is_sealed(self.folder):
+        if any((self.folder / name).is_file() for name in (SEAL, RECEIPT)):
             self._check("whole", damage(self.folder), "every file as it was sealed")
-        elif (self.folder / RECEIPT).is_file():
-            self._check("whole", damage(self.folder), "")
         self._check("files", _unsafe_files(self.folder), "")
         self._stop()
         if (self.folder / RECEIPT).is_file():
             try:
-                self.receipt = parse_receipt(self.folder)
+                self.receipt = read_receipt(self.folder)
             except UserError as error:
                 raise NotVerified(Problem("receipt", p.message) for p in error.problems) from error
         try:
@@ -245,17 +242,12 @@ def base_settings(verification: Verification, lora: LoraConfig, model: str | Non
     return receipt.base.model_copy(update={"name_or_path": model, "revision": None})
 
 
-def unsafe_files(folder: Path) -> list[str]:
-    """Files in ``folder`` that could run code when they are read."""
-    return [
+def _unsafe_files(folder: Path) -> list[str]:
+    wrong = [
         f"{file.relative_to(folder)} is a pickle, which can run code when it is read"
         for file in sorted(folder.rglob("*"))
         if file.suffix.lower() in PICKLES
     ]
-
-
-def _unsafe_files(folder: Path) -> list[str]:
-    wrong = unsafe_files(folder)
     if not (folder / WEIGHTS).is_file():
         wrong.append(f"{WEIGHTS} is missing, and nothing else is read")
     return wrong

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.hub.client import Client
+from tests.hub.publishing import User
 from tests.hub.server import ALICE, Hub
 
 _PRELUDE = """
@@ -76,3 +77,19 @@ def python(hub: Hub, client: Client, tmp_path: Path) -> Callable[..., Any]:
         return json.loads(answer.out.splitlines()[-1]) if answer.out else None
 
     return run
+
+
+@pytest.fixture
+def user(hub, client, tmp_path, tiny_checkpoint, write_config):
+    folder = tmp_path / "home"
+    folder.mkdir()
+    user = User(hub, client, folder, write_config)
+    user.upload_base(tiny_checkpoint)
+    return user
+
+
+@pytest.fixture
+def trained(user):
+    answer = user.train()
+    assert answer.code == 0, answer.err
+    return user.run / "adapter"

@@ -51,7 +51,10 @@ def test_a_rate_limit_is_waited_for(hub, client, tmp_path):
     hub.faults.add(Fault("/preupload/", status=429, retry_after=0))
     file = tmp_path / "up.py"
     file.write_text(
+        "import logging\n"
         "from huggingface_hub import upload_file\n"
+        # The recipe's commands, which run in this process too, keep it quiet.
+        "logging.getLogger('huggingface_hub').setLevel(logging.WARNING)\n"
         "upload_file(path_or_fileobj=b'2', path_in_repo='b.txt', repo_id='alice/one')\n"
     )
     answer = client.run(file, token=ALICE)

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM, TrainerCallback
 
+from recipe.answerer import load_answerer
 from recipe.finetune import finetune
 from recipe.settings import UserError, load_settings
 from recipe.sharing.adapter_folder import newest_adapter
@@ -82,7 +83,7 @@ def test_a_changed_adapter_is_refused(write_config):
     content[-3] ^= 1
     weights.write_bytes(content)
     with pytest.raises(UserError, match=r"adapter_model.safetensors: changed since"):
-        read_receipt(adapter)
+        load_answerer(adapter=str(adapter), model=None, template=None, runs=adapter)
 
 
 def test_the_newest_adapter_is_the_one_finished_last(tmp_path):

@@ -10,7 +10,7 @@ from recipe.exit_codes import run_command
 from recipe.finetune import finetune
 from recipe.settings import ModelSettings, load_settings
 from recipe.sharing.card import Card, RunFacts, Sample, read_run
-from recipe.sharing.receipt import parse_receipt
+from recipe.sharing.receipt import read_receipt
 
 EVIL = "a | b\r\r# Title\n<script>x</script> `code` $$x$$ \x1b[31m [y](http://z) ![i](j)"
 
@@ -24,7 +24,7 @@ def run(write_config):
 
 
 def card(run, **more):
-    receipt = parse_receipt(run / "adapter")
+    receipt = read_receipt(run / "adapter")
     facts = read_run(run, receipt.manifest_sha256)
     given = {"samples": (), "license": None, "base_model": "meta/llama", **more}
     return Card("me/mine", given.pop("receipt", receipt), given.pop("facts", facts), **given)
@@ -61,7 +61,7 @@ def test_a_models_output_is_text(run, samples):
 
 
 def test_a_receipt_from_elsewhere_is_text_too(run):
-    receipt = parse_receipt(run / "adapter")
+    receipt = read_receipt(run / "adapter")
     base = ModelSettings(name_or_path='x"); import os #`\n## Owned')
     text = card(run, receipt=receipt.model_copy(update={"base": base}), base_model=None).text()
     assert "\n## Owned" not in text
@@ -69,7 +69,7 @@ def test_a_receipt_from_elsewhere_is_text_too(run):
 
 
 def test_another_runs_figures_are_not_shown(run):
-    receipt = parse_receipt(run / "adapter").model_copy(update={"manifest_sha256": "0" * 64})
+    receipt = read_receipt(run / "adapter").model_copy(update={"manifest_sha256": "0" * 64})
     assert read_run(run, receipt.manifest_sha256) == RunFacts()
     assert "## Measured" not in card(run, receipt=receipt, facts=RunFacts()).text()
 

@@ -184,6 +184,18 @@ def test_a_healthy_one_is_reported_by_the_command(once, capsys):
     assert last.startswith("verified ")
 
 
+def test_an_adapter_that_hardly_does_anything_is_not_said_to_answer_as_it_did(
+    tmp_path, tiny_checkpoint, capsys
+):
+    """Its tensors are those that were saved; no answer could tell it from another like it."""
+    training = {"learning_rate": 1e-6, "max_steps": 1}
+    folder = trained(tmp_path / "small", tiny_checkpoint, training=training)
+    capsys.readouterr()
+    assert run_command(lambda: adapter.main(["verify", str(folder)])) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "it is what was trained; whether it answers as it did these probes cannot tell" in last
+
+
 def test_the_fingerprint_is_of_weights_and_not_of_files(tiny_checkpoint, tmp_path):
     base = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
     in_shards(base)

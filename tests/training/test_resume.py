@@ -137,6 +137,10 @@ def test_another_run_is_not_continued(config, tmp_path, write_rows):
     assert seed.startswith("training.seed: is 7, but")
     with pytest.raises(UserError, match=r"is continued\. Leave it out"):
         run(config, resume, f"training.output_dir={tmp_path / 'other'}")
+    # Where the adapter goes in the end is no other run: only the next difference is told.
+    with pytest.raises(UserError) as raised:
+        run(config, resume, "hub.repo_id=me/mine", "training.seed=7")
+    assert [problem.where for problem in raised.value.problems] == ["training.seed"]
     manifest = tmp_path / "run/manifest.json"
     manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 2'))
     with pytest.raises(UserError, match=r"1 processes, but .* began with 2"):
