@@ -189,7 +189,7 @@ def test_an_adapter_that_hardly_does_anything_is_not_said_to_answer_as_it_did(
 ):
     """Its tensors are those that were saved; no answer could tell it from another like it."""
     training = {"learning_rate": 1e-6, "max_steps": 1}
-    folder = trained(tmp_path / "small", tiny_checkpoint, training=training)
+    folder = trained(tmp_path, tiny_checkpoint, training=training)
     capsys.readouterr()
     assert run_command(lambda: adapter.main(["verify", str(folder)])) == 0
     last = capsys.readouterr().out.splitlines()[-1]
