@@ -27,8 +27,9 @@ from recipe.run_data import Data, load_data
 from recipe.settings import Settings, UserError
 from recipe.sharing.adapter_folder import save_adapter
 from recipe.sharing.probes import Probe, encode_probes, make_probes, next_token_logits
-from recipe.training.arguments import training_arguments
+from recipe.training.arguments import autocast_dtype, training_arguments
 from recipe.training.checkpoints import LOG_STATE, SealCheckpoints, check_same_run, find_checkpoint
+from recipe.training.head import OutputHead
 from recipe.training.loss import TokenLoss
 from recipe.training.machine import check_machine
 from recipe.training.plot import plot_loss
@@ -145,11 +146,18 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
         revision=commit,
     )
     initial = save_initial(model)
-    loss = TokenLoss()
+    head = OutputHead(model, autocast=autocast_dtype(arguments))
+    loss = TokenLoss(head.nll)
     log = RunLog(loss, peak_memory=peak_memory)
     callbacks = [log, SealCheckpoints(log), *watchers]
     trainer = build_trainer(
-        model, arguments, data.train.rows, data.held_out.rows, loss=loss, callbacks=callbacks
+        model,
+        arguments,
+        data.train.rows,
+        data.held_out.rows,
+        callbacks=callbacks,
+        loss=loss,
+        head=head,
     )
     return _Prepared(arguments, data, trainer, log, base_sha256, initial)
 

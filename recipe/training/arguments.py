@@ -67,6 +67,11 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         ) from error
 
 
+def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+    """What mixed precision computes in; None without it."""
+    return torch.float16 if arguments.fp16 else torch.bfloat16 if arguments.bf16 else None
+
+
 def accumulation(asked: dict[str, Any]) -> int:
     """Micro-batches a step of each process, so that the effective batch is the config's.
 

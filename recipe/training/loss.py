@@ -1,6 +1,7 @@
 """The per-token negative log-likelihood, defined once: training and evaluation both use it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,9 +35,15 @@ class TokenLoss:
 
     It also keeps the exact token-weighted mean since ``take`` was last called; the sums stay on
     the device, so nothing waits for it.
+
+    Args:
+        nll: what turns the model's output at the kept positions and their labels into ``token_nll``.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = token_nll
+    ) -> None:
+        self._nll = nll
         self._sums: list[torch.Tensor] = []
         self._counts: list[torch.Tensor] = []
         self._before = (0.0, 0)
@@ -47,7 +54,7 @@ class TokenLoss:
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        total, tokens = token_nll(outputs.logits[0], labels).sum(), count_trained(labels)
+        total, tokens = self._nll(outputs.logits[0], labels).sum(), count_trained(labels)
         self._sums.append(total.detach())
         self._counts.append(tokens)
         return total / (tokens if num_items_in_batch is None else num_items_in_batch)

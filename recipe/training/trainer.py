@@ -21,7 +21,8 @@ from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
 from recipe.settings import UserError
 from recipe.training.finite import FiniteSteps, NotFinite
-from recipe.training.loss import TokenLoss, count_trained, sum_over_processes, token_nll
+from recipe.training.head import OutputHead
+from recipe.training.loss import TokenLoss, count_trained, sum_over_processes
 from recipe.training.run_log import RunLog
 
 _UNCHANGED = 1e-6  # relative; float32 rounds at 1e-7
@@ -30,9 +31,10 @@ _UNCHANGED = 1e-6  # relative; float32 rounds at 1e-7
 class TokenWeightedTrainer(Trainer):
     """Each process evaluates its own share of the rows once; sums are added, then divided."""
 
-    def __init__(self, *, finite: FiniteSteps, **named: Any) -> None:
+    def __init__(self, *, finite: FiniteSteps, head: OutputHead, **named: Any) -> None:
         super().__init__(**named)
         self._finite = finite
+        self._head = head
 
     def training_step(
         self,
@@ -43,6 +45,10 @@ class TokenWeightedTrainer(Trainer):
         self._finite.micro_batches.append(inputs.pop("row_indices"))
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def compute_loss(self, *args: Any, **named: Any) -> Any:
+        with self._head.apart():
+            return super().compute_loss(*args, **named)
 
     def _get_grad_norm(self, *args: Any, **named: Any) -> torch.Tensor:
         # The one place that has the norm from before clipping, whatever max_grad_norm is.
@@ -103,7 +109,7 @@ class TokenWeightedTrainer(Trainer):
         for batch in dataloader:
             inputs = self._prepare_inputs(batch)
             labels, rows = inputs.pop("labels"), inputs.pop("row_indices")
-            sums.append(token_nll(self._logits(inputs), labels).sum().item())
+            sums.append(self._nll(inputs, labels).sum().item())
             tokens += int(count_trained(labels))
             if not math.isfinite(sums[-1]):
                 not_finite.append((sums[-1], rows))
@@ -118,6 +124,11 @@ class TokenWeightedTrainer(Trainer):
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset)
         )
+
+    def _nll(self, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+        """float32 (K,) of one batch; see ``token_nll``."""
+        with torch.no_grad(), self._head.apart():
+            return self._head.nll(self._logits(inputs), labels)
 
     def _logits(self, inputs: dict[str, Any]) -> torch.Tensor:
         """(K, vocabulary) of one batch without labels; float32, or what the base computes in."""
@@ -141,13 +152,15 @@ def build_trainer(
     train: Sequence[TokenizedRow],
     held_out: Sequence[TokenizedRow],
     *,
-    loss: TokenLoss,
     callbacks: list[TrainerCallback],
+    loss: TokenLoss,
+    head: OutputHead,
 ) -> TokenWeightedTrainer:
     """The Trainer over flattened batches; the model is moved to the device here.
 
     Args:
         callbacks: a ``RunLog`` among them, which says what ``FiniteSteps`` finds.
+        loss: of what ``head`` makes of the model's output.
 
     Raises:
         UserError: no full batch where one is asked for, or the library refuses an optimizer, a
@@ -164,6 +177,7 @@ def build_trainer(
     try:
         trainer = TokenWeightedTrainer(
             finite=finite,
+            head=head,
             model=model,
             args=arguments,
             data_collator=flatten,

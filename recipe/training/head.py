@@ -1,0 +1,139 @@
+"""The projection onto the vocabulary, in chunks: neither the logits of a whole micro-batch nor
+their gradient ever exist.
+
+While the model runs, a frozen head is replaced by an identity, so that ``outputs.logits`` are the
+hidden states at the kept positions. The loss then projects a chunk of them, and takes that chunk's
+gradient at once: with frozen weights all that a backward pass needs of the head is the gradient of
+the hidden states, as in Liger (arXiv 2410.10989, section 3.2).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from recipe.data.batch import KEPT_MULTIPLE
+from recipe.training.loss import token_nll
+
+# Logits of one chunk; 2 to 4 times as many bytes are held at once. Fewer would starve the matrix
+# product, more leave the cache of a CPU for nothing.
+_LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**25}
+
+
+class OutputHead:
+    """The head of a run's model, as the loss uses it.
+
+    A head that is trained, adapted, quantized or hooked needs its own forward and backward pass:
+    the model then applies it as ever, to all kept positions at once.
+
+    Args:
+        autocast: the dtype that mixed precision computes in; None where the weights' own is used.
+    """
+
+    def __init__(self, model: PeftModel, autocast: torch.dtype | None = None) -> None:
+        self._model = model.get_base_model()
+        head = self._model.get_output_embeddings()
+        self._frozen = head if _applies_alone(head) else None
+        self._dtype = autocast
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the model gives hidden states under ``apart``, and ``nll`` projects them."""
+        return self._frozen is not None
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let the model give hidden states in place of logits. What is saved never misses it."""
+        if self._frozen is None:
+            yield
+            return
+        self._model.set_output_embeddings(nn.Identity())
+        try:
+            yield
+        finally:
+            self._model.set_output_embeddings(self._frozen)
+
+    def nll(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """``token_nll`` of what the model gave under ``apart``.
+
+        Args:
+            output: (K, hidden) where ``chunked``, else (K, vocabulary).
+            labels: int64 (K,).
+
+        Returns:
+            float32 (K,).
+        """
+        if self._frozen is None:
+            return token_nll(output, labels)
+        weight, bias = self._frozen.weight, self._frozen.bias
+        dtype = self._dtype or weight.dtype
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        nll: torch.Tensor = _ChunkedNLL.apply(output, weight, bias, labels)
+        return nll
+
+
+def _applies_alone(head: nn.Module) -> bool:
+    hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+    trained = any(parameter.requires_grad for parameter in head.parameters())
+    return type(head) is nn.Linear and not trained and not hooked
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """(K, hidden) → (K,); the forward pass leaves only the gradient of the hidden states behind."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        rows = _chunk_rows(weight)
+        needed = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden, dtype=torch.float32) if needed else None
+        nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        scale = _scale(weight) if needed else 1.0
+        for start in range(0, len(labels), rows):
+            chunk = slice(start, start + rows)
+            with torch.set_grad_enabled(needed):
+                part = hidden[chunk].detach().to(weight.dtype).requires_grad_(needed)
+                losses = token_nll(F.linear(part, weight, bias), labels[chunk])
+                if gradient is not None:
+                    (gradient[chunk],) = torch.autograd.grad(losses.sum() * scale, part)
+            nll[chunk] = losses.detach()
+        if gradient is not None:
+            gradient /= scale
+            ctx.save_for_backward(gradient)
+            ctx.dtype = hidden.dtype
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Here the fp16 scaler's factor arrives: nothing was rounded to 16 bits without it.
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outer[:, None]).to(ctx.dtype), None, None, None
+
+
+def _chunk_rows(weight: torch.Tensor) -> int:
+    at_once = _LOGITS_AT_ONCE.get(weight.device.type, _LOGITS_AT_ONCE["cuda"])
+    return max(at_once // len(weight) // KEPT_MULTIPLE, 1) * KEPT_MULTIPLE
+
+
+def _scale(weight: torch.Tensor) -> float:
+    """What keeps the gradient of unlikely tokens from vanishing in float16, and overflows nothing.
+
+    The gradient of one position's logits sums to 2 in absolute value at most, so that of its hidden
+    state is at most twice the largest weight.
+    """
+    if weight.dtype != torch.float16:
+        return 1.0
+    largest = max(float(weight.abs().max()), 1.0)
+    return float(2 ** math.floor(math.log2(torch.finfo(torch.float16).max / (2 * largest))))
