@@ -74,7 +74,7 @@ class OutputHead:
         weight, bias = self._frozen.weight, self._frozen.bias
         dtype = self._dtype or weight.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        nll: torch.Tensor = _ChunkedNLL.apply(output, weight, bias, labels)
+        nll: torch.Tensor = _ChunkedNLL.apply(output, weight, bias, labels)  # type: ignore[no-untyped-call]
         return nll
 
 

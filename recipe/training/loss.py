@@ -37,7 +37,7 @@ class TokenLoss:
     the device, so nothing waits for it.
 
     Args:
-        nll: what turns the model's output at the kept positions and their labels into ``token_nll``.
+        nll: ``token_nll`` of the model's output at the kept positions and their labels.
     """
 
     def __init__(

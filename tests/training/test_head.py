@@ -1,0 +1,136 @@
+"""The head in chunks: stock gradients, one chunk of memory, fp16 behind a scaler."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from recipe.data.batch import IGNORED
+from recipe.training import head as head_module
+from recipe.training.head import OutputHead
+
+LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+
+
+@pytest.fixture
+def chunks_of_8(monkeypatch):
+    monkeypatch.setitem(head_module._LOGITS_AT_ONCE, "cpu", 1)
+
+
+def peft_model(checkpoint, dtype=torch.float32, **lora):
+    base = LlamaForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    return get_peft_model(base, LoraConfig(**{**LORA, **lora}))
+
+
+def states(model, positions=20):
+    """Hidden states (positions, hidden) and labels, two of them ignored."""
+    generator = torch.Generator().manual_seed(0)
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    hidden = torch.randn(positions, width, generator=generator)
+    labels = torch.randint(vocabulary, (positions,), generator=generator)
+    labels[[3, positions - 1]] = IGNORED
+    return hidden, labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_and_gradients_are_those_of_the_whole(tiny_checkpoint, chunks_of_8, dtype):
+    model = peft_model(tiny_checkpoint, dtype)
+    hidden, labels = states(model)
+    weights = torch.linspace(0.5, 2, len(labels), dtype=dtype)  # any, not only a mean
+    ours, stock = (hidden.to(dtype).requires_grad_() for _ in range(2))
+    found = OutputHead(model).nll(ours, labels)
+    (found * weights).sum().backward()
+    linear = model.get_base_model().lm_head
+    expected = torch.nn.functional.cross_entropy(linear(stock), labels, reduction="none")
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(found, expected.float())
+    torch.testing.assert_close(ours.grad, stock.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_no_tensor_is_larger_than_one_chunk_of_logits(tiny_checkpoint, chunks_of_8):
+    model = peft_model(tiny_checkpoint)
+    hidden, labels = states(model, positions=40)
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(
+                t.numel()
+                for t in (out if isinstance(out, tuple) else [out])
+                if isinstance(t, torch.Tensor)
+                if t.shape[-1:] == (vocabulary,) and t.shape != (width, vocabulary)  # the weight
+            )
+            return out
+
+    with Sizes():
+        OutputHead(model).nll(hidden.requires_grad_(), labels).sum().backward()
+    assert max(sizes) == 8 * vocabulary
+
+
+def test_half_precision_gradient_is_no_worse_than_a_scalers(tiny_checkpoint, chunks_of_8):
+    """Unlikely tokens: without its own scale their gradient rounds to nothing in float16."""
+    model = peft_model(tiny_checkpoint, torch.float16)
+    linear = model.get_base_model().lm_head
+    labels = torch.arange(10, 30)
+    rows = linear.weight.detach().float()[labels]
+    hidden = 20 * rows / rows.square().sum(-1, keepdim=True)  # logit 20 for the label
+    exact = hidden.double().requires_grad_()
+    weight = linear.weight.double()
+    torch.nn.functional.cross_entropy(exact @ weight.T, labels, reduction="sum").backward()
+    ours = hidden.half().requires_grad_()
+    factor = 2.0**16  # the scaler's first
+    (OutputHead(model).nll(ours, labels).sum() * factor / 256).backward()
+    stock = hidden.half().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(linear(stock).float(), labels, reduction="sum")
+    (losses * factor / 256).backward()
+    errors = [
+        float((g.grad.double() * 256 / factor - exact.grad).norm() / exact.grad.norm())
+        for g in (ours, stock)
+    ]
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_the_head_is_in_place_whenever_nothing_runs(tiny_checkpoint):
+    model = peft_model(tiny_checkpoint)
+    linear, head = model.get_base_model().lm_head, OutputHead(model)
+    with head.apart():
+        assert model.get_base_model().lm_head is not linear
+    assert model.get_base_model().lm_head is linear
+    with pytest.raises(KeyError), head.apart():
+        raise KeyError
+    assert model.get_base_model().lm_head is linear
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [3]}, "ensure_weight_tying": True},
+    ],
+    ids=["saved", "adapted", "tied tokens"],
+)
+def test_a_head_that_learns_is_applied_by_the_model(tiny_checkpoint, lora):
+    base = LlamaForCausalLM.from_pretrained(tiny_checkpoint)
+    if "trainable_token_indices" in lora:
+        base.config.tie_word_embeddings = True
+        base.tie_weights()
+    model = get_peft_model(base, LoraConfig(**{**LORA, **lora}))
+    inner = model.get_base_model().lm_head
+    head = OutputHead(model)
+    assert not head.chunked
+    with head.apart():
+        assert model.get_base_model().lm_head is inner
+
+
+def test_a_hooked_or_thawed_head_is_applied_by_the_model(tiny_checkpoint):
+    model = peft_model(tiny_checkpoint)
+    linear = model.get_base_model().lm_head
+    hook = linear.register_forward_hook(lambda *_: None)
+    assert not OutputHead(model).chunked
+    hook.remove()
+    assert OutputHead(model).chunked
+    linear.weight.requires_grad_()
+    assert not OutputHead(model).chunked
