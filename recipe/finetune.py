@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from recipe.memory.probe import peak_memory
+from recipe.model.attention import PER_ROW_SDPA
 from recipe.model.checkpoint import load_base, loaded_commit
 from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
@@ -158,8 +159,14 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
         callbacks=callbacks,
         loss=loss,
         head=head,
+        share_openings=_share_openings(settings),
     )
     return _Prepared(arguments, data, trainer, log, base_sha256, initial)
+
+
+def _share_openings(settings: Settings) -> bool:
+    asked = settings.data.share_openings
+    return settings.model.attn_implementation == PER_ROW_SDPA if asked is None else asked
 
 
 def _speaker(*, main_process: bool) -> Callable[[str], None]:

@@ -86,6 +86,7 @@ def conclusion(
         f"learned   {learned}",
         f"cost      {seconds:.0f} s in all, {log.seconds:.0f} s of them training · peak memory "
         f"{in_words(peak_memory())} · {log.skipped_steps} skipped steps",
+        *_shared(log),
         f"saved     {folder / 'adapter'} (reopened: whole, finite, as trained)",
         f"          {folder / 'loss.png'}, {folder / 'metrics.jsonl'}",
         'next      make infer PROMPT="…"  asks it; ADAPTER=none asks the base',
@@ -150,6 +151,16 @@ def receipt(run: Run, folder: Path, probes: Sequence[Probe]) -> dict[str, Any]:
             "probes": [probe.model_dump() for probe in probes],
         },
     }
+
+
+def _shared(log: RunLog) -> list[str]:
+    if not log.shared_tokens:
+        return []
+    tokens = log.computed_tokens + log.shared_tokens
+    return [
+        f"          {log.shared_tokens:,} of {tokens:,} tokens "
+        f"({log.shared_tokens / tokens:.0%}) not computed: rows of a micro-batch begin alike"
+    ]
 
 
 def _repeated_rows(run: Run) -> list[str]:

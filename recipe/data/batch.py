@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from recipe.data.openings import Opened, shared_openings
 from recipe.data.tokens import TokenizedRow
 
 IGNORED = -100  # cross_entropy's ignore_index, and what the Trainer does not count
@@ -18,18 +19,26 @@ KEPT_MULTIPLE = 8
 Batch = dict[str, torch.Tensor | int | list[int]]
 
 
-def flatten(rows: Sequence[TokenizedRow]) -> Batch:
-    """Lay rows of t1, t2, … tokens into one sequence of T = t1 + t2 + … tokens.
+def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Batch:
+    """Lay rows into one sequence of T = t1 + t2 + … tokens.
 
-    Positions restart at each row. Logits are asked for only where the next token is trained: K
-    positions. The row borders carry the names that transformers gives them for variable-length
-    attention, so every kernel reads the same batch.
+    t1, t2, … are all tokens of each row, or, where openings are shared, those that the row before
+    does not begin with as well. Positions count within the row. Logits are asked for only where the
+    next token is trained: K positions. The row borders carry the names that transformers gives them
+    for variable-length attention.
+
+    Args:
+        share_openings: lay the ids that rows begin with in common once, where that pays; see
+            ``recipe.data.openings``. The rows are then sorted, and only an attention that reads
+            ``openings`` understands the batch.
 
     Returns:
         ``input_ids``, ``position_ids``: int64 (1, T);
         ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 (rows + 1), where each row begins and T;
-        ``max_length_q``, ``max_length_k``: int, tokens of the longest row;
+        ``max_length_q``, ``max_length_k``: int, the largest of t1, t2, …;
         ``row_lengths``: list of int, t1, t2, …; on the host, so that no kernel launch waits for it;
+        ``openings``: list of int, for each row how many tokens of the row before come before its
+        own; all 0 where nothing is shared;
         ``row_indices``: list of int, each row's ``index``; the Trainer takes them off for what it
         has to say of these rows, and no model sees them;
         ``logits_to_keep``: int64 (K,), positions whose next token is trained, filled up to a
@@ -39,28 +48,32 @@ def flatten(rows: Sequence[TokenizedRow]) -> Batch:
         ``labels`` alone it would drop the first of each micro-batch, and the mean over the
         accumulated batch would silently be wrong.
     """
-    lengths = np.array([len(row) for row in rows])
+    opened = shared_openings(rows) if share_openings else None
+    laid = opened or [Opened(row, 0) for row in rows]
+    lengths = np.array([len(one.row) - one.opening for one in laid])
     borders = np.concatenate([[0], lengths.cumsum()])
-    ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
-    trained = np.concatenate([row.trained for row in rows])
-    # A row's first token has nothing before it in its own row that could predict it.
+    ids = np.concatenate([one.row.input_ids[one.opening :] for one in laid]).astype(np.int64)
+    trained = np.concatenate([one.row.trained[one.opening :] for one in laid])
+    # A row's first token has nothing before it in its own part that could predict it.
     trained[borders[:-1]] = False
     targets = np.flatnonzero(trained)
     kept = np.zeros(-len(targets) % KEPT_MULTIPLE + len(targets), dtype=np.int64)
     kept[: len(targets)] = targets - 1
     labels = torch.full((len(kept),), IGNORED)
     labels[: len(targets)] = torch.from_numpy(ids[targets])
+    positions = np.concatenate([np.arange(one.opening, len(one.row)) for one in laid])
     cu_seq_lens = torch.from_numpy(borders.astype(np.int32))
     longest = int(lengths.max())
     return {
         "input_ids": torch.from_numpy(ids)[None],
-        "position_ids": torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
+        "position_ids": torch.from_numpy(positions)[None],
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,
         "max_length_q": longest,
         "max_length_k": longest,
         "row_lengths": lengths.tolist(),
-        "row_indices": [row.index for row in rows],
+        "openings": [one.opening for one in laid],
+        "row_indices": [one.row.index for one in laid],
         "logits_to_keep": torch.from_numpy(kept),
         "labels": labels,
         "shift_labels": labels,

@@ -1,13 +1,16 @@
 """Attention over a flattened batch in which no row can see another.
 
 Registered through transformers' attention interface, so no model code is patched. The row borders
-come from the batch (``row_lengths``, see ``recipe.data.batch.flatten``).
+and shared openings come from the batch (``row_lengths`` and ``openings``, see
+``recipe.data.batch.flatten``).
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PER_ROW_SDPA = "per_row_sdpa"
@@ -21,15 +24,20 @@ def per_row_sdpa(
     attention_mask: torch.Tensor | None,
     *,
     row_lengths: list[int] | None = None,
+    openings: list[int] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row: no mask is built and no product between rows computed.
 
+    By torch's variable-length FlashAttention where it exists, 16-bit on CUDA, else by one call a
+    row.
+
     Args:
         query: (1, heads, T, head_dim); ``key`` and ``value``: (1, key-value heads, T, head_dim).
         row_lengths: tokens of each row, T in all.
+        openings: how many tokens of the row before each row begins with; None is 0 for all.
 
     Returns:
         (1, T, heads, head_dim) and no weights.
@@ -39,15 +47,79 @@ def per_row_sdpa(
     """
     if row_lengths is None or query.shape[0] != 1:
         raise ValueError("per_row_sdpa needs one flattened sequence with row_lengths")
+    openings = openings or [0] * len(row_lengths)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        return _varlen(query, key, value, row_lengths, openings, scaling), None
     rows = [
         F.scaled_dot_product_attention(
             q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True
-        )
-        for q, k, v in zip(
-            *(torch.split(x, row_lengths, dim=2) for x in (query, key, value)), strict=True
+        )[:, :, opening:]
+        for q, k, v, opening in zip(
+            *(_whole_rows(x, row_lengths, openings) for x in (query, key, value)),
+            openings,
+            strict=True,
         )
     ]
     return torch.cat(rows, dim=2).transpose(1, 2), None
+
+
+def _whole_rows(x: torch.Tensor, lengths: list[int], openings: list[int]) -> list[torch.Tensor]:
+    """Each row with its opening in front of its own tokens, (1, heads, tokens, head_dim)."""
+    rows: list[torch.Tensor] = []
+    for own, opening in zip(torch.split(x, lengths, dim=2), openings, strict=True):
+        rows.append(torch.cat([rows[-1][:, :, :opening], own], dim=2) if opening else own)
+    return rows
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    openings: list[int],
+    scaling: float | None,
+) -> torch.Tensor:
+    """All rows in one kernel, (1, T, heads, head_dim)."""
+    places, own, borders = _expansion(tuple(lengths), tuple(openings), query.device)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if places is not None:
+        q, k, v = q[places], k[places], v[places]
+    longest = max(map(sum, zip(lengths, openings, strict=True)))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, torch.Tensor)  # a pair only where the log-sums are asked for
+    return (out if own is None else out[own])[None]
+
+
+@lru_cache(maxsize=2)  # every layer of a micro-batch asks for the same, twice with checkpointing
+def _expansion(
+    lengths: tuple[int, ...], openings: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """Where in the sequence each token of each whole row lies, which of these are own, int64, and
+    int32 borders of the whole rows. The first two are None where nothing is shared.
+    """
+    whole = torch.tensor([n + opening for n, opening in zip(lengths, openings, strict=True)])
+    borders = F.pad(whole.cumsum(0), (1, 0)).to(device, torch.int32)
+    if not any(openings):
+        return None, None, borders
+    rows: list[torch.Tensor] = []
+    own: list[torch.Tensor] = []
+    ends = torch.tensor(lengths).cumsum(0)
+    pieces = torch.tensor_split(torch.arange(sum(lengths)), ends[:-1])
+    for piece, opening in zip(pieces, openings, strict=True):
+        rows.append(torch.cat([rows[-1][:opening], piece]) if opening else piece)
+        own.append(torch.arange(len(rows[-1])) >= opening)
+    return torch.cat(rows).to(device), torch.cat(own).nonzero()[:, 0].to(device), borders
 
 
 def register() -> None:

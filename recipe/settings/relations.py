@@ -199,7 +199,14 @@ def _named_repository(push: bool, repo_id: str | None) -> str | None:
     return "true, but to where? Set hub.repo_id: user/name." if push and not repo_id else None
 
 
+def _shared_openings(share: bool | None, attention: str) -> str | None:
+    if not share or attention == "per_row_sdpa":
+        return None
+    return f"needs model.attn_implementation: per_row_sdpa, found {attention}. Change one of them."
+
+
 RELATIONS = (
+    Relation(("data.share_openings", "model.attn_implementation"), _shared_openings),
     Relation(("model.quantization",), _quantization_width),
     Relation(("data.held_out", "data.rows"), _held_out_rows),
     Relation(("training.eval_strategy", "data.held_out"), _evaluation_rows),

@@ -116,6 +116,12 @@ class DataSettings(_Section):
         description="Text around prompt and answer: alpaca's, the tokenizer's own chat template, "
         "or none; null is alpaca for alpaca rows, raw for prompt_completion, chat for the others.",
     )
+    share_openings: bool | None = Field(
+        default=None,
+        description="Compute once what rows of a micro-batch begin with in common. At lora_dropout "
+        "0 nothing changes; else these rows share one dropout mask, which is unbiased. null shares "
+        "wherever it pays; needs model.attn_implementation per_row_sdpa.",
+    )
     max_length: Annotated[int, Ge(8)] | None = Field(
         default=None, description="Most tokens a row may have; null is the model's context."
     )

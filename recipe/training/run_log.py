@@ -31,6 +31,9 @@ class RunLog(TrainerCallback):
         self.trained_tokens = 0
         self.seconds = 0.0
         self.skipped_steps = 0
+        # Of this process since it started: what the model was given, and what that saved.
+        self.computed_tokens = 0
+        self.shared_tokens = 0
         self.first_perplexity: float | None = None
         self.first: dict[str, float] = {}  # what later steps are compared with
         self._noted: set[str] = set()

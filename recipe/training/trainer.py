@@ -7,6 +7,7 @@ change with per_device_eval_batch_size. The stock training goes on with NaN, and
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ _UNCHANGED = 1e-6  # relative; float32 rounds at 1e-7
 class TokenWeightedTrainer(Trainer):
     """Each process evaluates its own share of the rows once; sums are added, then divided."""
 
-    def __init__(self, *, finite: FiniteSteps, head: OutputHead, **named: Any) -> None:
+    def __init__(self, *, finite: FiniteSteps, log: RunLog, head: OutputHead, **named: Any) -> None:
         super().__init__(**named)
         self._finite = finite
+        self._log = log
         self._head = head
 
     def training_step(
@@ -43,6 +45,8 @@ class TokenWeightedTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         self._finite.micro_batches.append(inputs.pop("row_indices"))
+        self._log.computed_tokens += sum(inputs["row_lengths"])
+        self._log.shared_tokens += sum(inputs["openings"])
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -89,7 +93,7 @@ class TokenWeightedTrainer(Trainer):
         return DataLoader(
             share,
             batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=flatten,
+            collate_fn=self.data_collator,
             # Without one, each pass draws a seed from the global generator, and a run that
             # evaluates would drop out other weights than one resumed behind the evaluation.
             generator=torch.Generator(),
@@ -155,12 +159,14 @@ def build_trainer(
     callbacks: list[TrainerCallback],
     loss: TokenLoss,
     head: OutputHead,
+    share_openings: bool,
 ) -> TokenWeightedTrainer:
     """The Trainer over flattened batches; the model is moved to the device here.
 
     Args:
         callbacks: a ``RunLog`` among them, which says what ``FiniteSteps`` finds.
         loss: of what ``head`` makes of the model's output.
+        share_openings: as ``flatten`` has it, for training and evaluation.
 
     Raises:
         UserError: no full batch where one is asked for, or the library refuses an optimizer, a
@@ -177,10 +183,11 @@ def build_trainer(
     try:
         trainer = TokenWeightedTrainer(
             finite=finite,
+            log=log,
             head=head,
             model=model,
             args=arguments,
-            data_collator=flatten,
+            data_collator=partial(flatten, share_openings=share_openings),
             train_dataset=train,
             eval_dataset=held_out or None,
             compute_loss_func=loss,

@@ -49,7 +49,7 @@ PRODUCTS = 5  # timed for each shape and direction, one more to warm up
 WARM_UP = 1  # steps of the growth mode that do not count
 COUNTED = 2
 GROUPED = {"train_sampling_strategy": "group_by_length"}
-# TRL at its best without flash attention, which its packing and padding_free need to keep rows apart.
+# TRL at its best without flash attention: its packing and padding_free need it to part rows.
 TRL = {
     **GROUPED,
     "gradient_checkpointing": False,  # on by default in TRL, and a third more work
@@ -241,16 +241,21 @@ def bound(settings: Settings) -> dict[str, Any]:
 
 
 def product_seconds(settings: Settings, tokens: int, outputs: int, inputs: int) -> float:
-    """Of one weight: there, and back to what went in; the median of several."""
+    """Of one weight: there, and back to what went in; the median of several.
+
+    Written into memory that is there already: fresh pages would be timed as well.
+    """
     dtype = getattr(torch, str(settings.model.dtype))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = torch.randn(outputs, inputs, dtype=dtype, device=device)
     x = torch.randn(tokens, inputs, dtype=dtype, device=device)
     gradient = torch.randn(tokens, outputs, dtype=dtype, device=device)
+    output, back = torch.empty_like(gradient), torch.empty_like(x)
     found = []
     for _ in range(PRODUCTS + 1):
         started = now()
-        torch.mm(x, weight.T), torch.mm(gradient, weight)
+        torch.mm(x, weight.T, out=output)
+        torch.mm(gradient, weight, out=back)
         found.append(now() - started)
     return statistics.median(found[1:])
 
@@ -283,6 +288,10 @@ def growth(settings: Settings, tokens: int, folder: Path) -> dict[str, Any]:
     (folder / "growth.yaml").write_text(yaml.safe_dump(config))
     watch = Watch()
     finetune(load_settings(str(folder / "growth.yaml")), watchers=[watch])
+    if watch.report["tokens_seen"] != watch.report["steps"] * (tokens - left):
+        raise AssertionError(
+            f"{watch.report['tokens_seen']} tokens seen in {WARM_UP + COUNTED} steps"
+        )
     steps = [b - a for a, b in zip(watch.began, watch.began[1:], strict=False)]
     seconds = statistics.fmean(steps[WARM_UP:])
     told = {"tokens": tokens - left, "rows": len(filled), "step_seconds": seconds}

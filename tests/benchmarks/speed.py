@@ -1,8 +1,8 @@
 """How quick training is, against stock Trainer and TRL with the same rows, model and LoRA.
 
-    make bench                                          about 40 minutes on two cores
+    make bench
     make bench ARGS="--rows 0:64 --rounds 1"
-    make bench ARGS="--growth"                          docs/speed-growth.png
+    make bench ARGS="--growth"                          draws docs/speed-growth.png
 
 Each subject runs in a fresh process, all of them once a round, in an order that moves on by one
 from round to round; the round's number is the seed. Training is timed from on_train_begin to
@@ -84,7 +84,6 @@ def run(
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="recipe-bench-") as name:
         folder = Path(name)
-        environment["HF_HOME"] = str(folder / "cache")
         given = config(args, data or {}, seed=seed, folder=folder)
         (folder / "bench.yaml").write_text(yaml.safe_dump(given))
         result = folder / "result.json"
@@ -151,15 +150,15 @@ def table(names: Sequence[str], rounds: list[Result], bounds: list[Result]) -> N
         f"\n{any_result['device']} ({platform.machine()}), {any_result['threads']} threads · "
         f"{versions()} · {datetime.now(UTC):%Y-%m-%d}\n"
         f"{any_result['rows']} rows, {any_result['tokens']:,} tokens, {any_result['trained']:,} of "
-        f"them trained; {len(rounds)} rounds; median (min–max)\n\n"
+        f"them trained; rounds: {len(rounds)}; median (min–max)\n\n"
         f"bound: {spread(rates, ',.0f')} GFLOP/s of matrix products in this model's shapes / "
         f"(4 · {most['weights']:,} weights) = {bound:,.1f} tokens/s.\n"
         "  4 FLOP a weight and token: 2 forward, 2 backward to the inputs; every position goes "
         "through the head; frozen weights need no gradient.\n"
     )
     print(
-        "| | real tokens/s | times the best peer | share of bound | peak GiB | loss after training | "
-        "logged, last quarter |"
+        "| | real tokens/s | times the best peer | share of bound | peak GiB | "
+        "loss after training | logged, last quarter |"
     )
     print("|---|---|---|---|---|---|---|")
     peers = [name for name in names if not name.startswith("recipe")]
@@ -273,7 +272,7 @@ def asked() -> argparse.Namespace:
     )
     given = os.environ.get("RECIPE_ALPACA")
     data = Path(given) if given else ALPACA if ALPACA.is_file() else STARTER_ROWS
-    parser.add_argument("--data", type=Path, default=data, help="also in RECIPE_ALPACA")
+    parser.add_argument("--data", type=Path, default=data, help="JSON rows; also RECIPE_ALPACA")
     parser.add_argument("--rows", default="0:200")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="models/smollm2-135m-instruct")

@@ -24,7 +24,11 @@ SHAPES = [(1, 8), (2, 4), (8, 1)]
 def settings(write_config: Callable[..., object]) -> Callable[..., object]:
     def build(**sections):
         sections["lora"] = {"target_modules": "all-linear", **sections.get("lora", {})}
-        sections["data"] = {"rows": f"0:{ROWS_IN_ALL}", **sections.get("data", {})}
+        sections["data"] = {
+            "rows": f"0:{ROWS_IN_ALL}",
+            "share_openings": False,
+            **sections.get("data", {}),
+        }
         sections["training"] = {**TRAINING, **sections.get("training", {})}
         return load_settings(str(write_config(**sections)))
 
@@ -49,6 +53,22 @@ def test_accumulation_is_the_padded_whole(settings, batch, accumulation, checkpo
         "gradient_checkpointing": checkpointing,
     }
     assert max(differences(settings(training=training))) < 1e-6
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("batch", "accumulation"), SHAPES[1:])
+def test_shared_openings_are_the_padded_whole(
+    settings, capsys, batch, accumulation, checkpointing, lora
+):
+    training = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_checkpointing": checkpointing,
+    }
+    asked = settings(lora=lora, data={"share_openings": True}, training=training)
+    assert max(differences(asked)) < 1e-6
+    assert "not computed: rows of a micro-batch begin alike" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
