@@ -29,7 +29,7 @@ STARTER := models/smollm2-135m-instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help setup train infer chat verify inspect merge push pull test test-slow test-gpu fuzz check lint types options \
-        bench-starter bench-decoding bench-adapter bench-exactness clean
+        bench-starter bench-decoding bench-adapter bench-exactness bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ types: .venv/.dev
 
 check: lint types test ## lint, types, import order, tests
 
+bench: setup .venv/.bench ## speed and memory of training beside Trainer and TRL; ARGS="--growth" by step size
+	@$(PY) -m tests.benchmarks.speed $(ARGS)
+
 bench-starter: setup .venv/.dev ## tuned against base on the held-out starter rows, 3 seeds
 	@$(PY) -m tests.benchmarks.starter_answers $(ARGS)
 
@@ -114,6 +117,12 @@ clean: ## remove what setup made (.venv, models); runs/ stays
 .venv/.dev: .venv/.installed
 	@echo "Installing what the tests need into .venv..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'
+	@touch $@
+
+# The projects that speed is compared with; nothing else needs them.
+.venv/.bench: .venv/.dev
+	@echo "Installing what is compared with into .venv..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[bench]'
 	@touch $@
 
 # The starter model is read out of a PyPI package that is never imported.

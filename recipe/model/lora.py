@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from recipe.model.dropout import quicken
 from recipe.settings import UserError, plain
 
 # These write part of the base's weights into the adapter at its start and change the base.
@@ -59,6 +60,7 @@ def add_lora(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    quicken(model)
     # "auto" would ask the hub for the base's vocabulary size at every checkpoint.
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
     check_closed_form(model)

@@ -18,10 +18,10 @@ from peft import PeftModel
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from recipe.data.batch import KEPT_MULTIPLE
+from recipe.data.batch import IGNORED, KEPT_MULTIPLE
 from recipe.training.loss import token_nll
 
-# Logits of one chunk; 2 to 4 times as many bytes are held at once. Fewer would starve the matrix
+# Logits of one chunk, which are held twice. Fewer would starve the matrix
 # product, more leave the cache of a CPU for nothing.
 _LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**25}
 
@@ -96,21 +96,22 @@ class _ChunkedNLL(torch.autograd.Function):
         labels: torch.Tensor,
     ) -> torch.Tensor:
         rows = _chunk_rows(weight)
+        nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden, dtype=torch.float32) if needed else None
-        nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         scale = _scale(weight) if needed else 1.0
         for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
-            with torch.set_grad_enabled(needed):
-                part = hidden[chunk].detach().to(weight.dtype).requires_grad_(needed)
-                losses = token_nll(F.linear(part, weight, bias), labels[chunk])
-                if gradient is not None:
-                    (gradient[chunk],) = torch.autograd.grad(losses.sum() * scale, part)
-            nll[chunk] = losses.detach()
+            logits = F.linear(hidden[chunk].to(weight.dtype), weight, bias).float()
+            log_p = logits.log_softmax(-1)
+            del logits
+            nll[chunk] = F.nll_loss(log_p, labels[chunk], reduction="none", ignore_index=IGNORED)
+            if gradient is not None:
+                slope = _logit_gradient(log_p, labels[chunk]).mul_(scale).to(weight.dtype)
+                gradient[chunk] = slope @ weight
+                gradient[chunk].masked_fill_((labels[chunk] == IGNORED)[:, None], 0)
         if gradient is not None:
-            gradient /= scale
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(gradient.div_(scale))
             ctx.dtype = hidden.dtype
         return nll
 
@@ -120,6 +121,15 @@ class _ChunkedNLL(torch.autograd.Function):
         # Here the fp16 scaler's factor arrives: nothing was rounded to 16 bits without it.
         (gradient,) = ctx.saved_tensors
         return (gradient * outer[:, None]).to(ctx.dtype), None, None, None
+
+
+def _logit_gradient(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of the summed NLL, softmax - one-hot, float32 (rows, vocabulary), in the memory of ``log_p``.
+
+    What it says of ignored rows means nothing.
+    """
+    places = labels.clamp(min=0)[:, None]
+    return log_p.exp_().scatter_add_(1, places, log_p.new_full(places.shape, -1))
 
 
 def _chunk_rows(weight: torch.Tensor) -> int:
