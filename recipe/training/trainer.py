@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -27,6 +34,24 @@ from recipe.training.loss import TokenLoss, count_trained, sum_over_processes
 from recipe.training.run_log import RunLog
 
 _UNCHANGED = 1e-6  # relative; float32 rounds at 1e-7
+
+
+class FrozenInputs(TrainerCallback):
+    """No gradient flows below the lowest adapted layer.
+
+    For reentrant checkpointing, which is refused here, transformers lets the embedding's output
+    require one: with lora.layers_to_transform all layers below would be recomputed for nothing.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PeftModel = None,
+        **_: Any,
+    ) -> None:
+        model.get_base_model().disable_input_require_grads()
 
 
 class TokenWeightedTrainer(Trainer):
@@ -191,7 +216,7 @@ def build_trainer(
             train_dataset=train,
             eval_dataset=held_out or None,
             compute_loss_func=loss,
-            callbacks=[*callbacks, finite],
+            callbacks=[FrozenInputs(), *callbacks, finite],
         )
         # Made once to see whether they can be; train() makes its own.
         trainer.create_optimizer()

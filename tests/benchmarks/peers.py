@@ -44,7 +44,6 @@ from recipe.run_data import Data, load_data  # noqa: E402
 from recipe.settings import Settings, load_settings, plain  # noqa: E402
 
 IGNORED = -100
-JUDGED = 64  # rows whose loss is taken after training
 PRODUCTS = 5  # timed for each shape and direction, one more to warm up
 WARM_UP = 1  # steps of the growth mode that do not count
 COUNTED = 2
@@ -175,17 +174,15 @@ def stock_model(settings: Settings) -> PeftModel:
 
 
 def loss_after(settings: Settings, data: Data, adapter: dict[str, torch.Tensor]) -> float:
-    """Nats a trained token of the first rows, with the trained adapter on a fresh stock base.
-
-    The logged losses of two subjects are of other rows where their order is another one; this is
-    the same rows, the same code and no dropout for all.
+    """Nats a trained token of ``data``, with the trained adapter on a fresh stock base: the same
+    rows, one at a time, the same code and no dropout for all.
     """
     model = stock_model(settings).eval()
     set_peft_model_state_dict(model, adapter)
     if torch.cuda.is_available():
         model.cuda()
     nll, count = 0.0, 0
-    for row in data.train.rows[:JUDGED]:
+    for row in data.train.rows:
         ids = torch.from_numpy(row.input_ids).long()[None].to(model.device)
         targets = torch.tensor(labels(row)[1:], device=model.device)
         with torch.no_grad():
@@ -195,8 +192,10 @@ def loss_after(settings: Settings, data: Data, adapter: dict[str, torch.Tensor])
     return nll / count
 
 
-def train(subject: Callable[..., None], settings: Settings) -> dict[str, Any]:
+def train(subject: Callable[..., None], settings: Settings, judged: str) -> dict[str, Any]:
     data, watch = load_data(settings), Watch()
+    rows = settings.data.model_copy(update={"rows": judged})
+    held_out = load_data(settings.model_copy(update={"data": rows}))
     subject(settings, data, watch)
     return {
         **watch.report,
@@ -206,7 +205,7 @@ def train(subject: Callable[..., None], settings: Settings) -> dict[str, Any]:
         # A row's first token has nothing before it that could predict it.
         "trained": sum(int(row.trained[1:].sum()) for row in data.train.rows),
         "tokens_sha256": data.tokens_sha256,
-        "loss": loss_after(settings, data, watch.adapter),
+        "loss": loss_after(settings, held_out, watch.adapter),
     }
 
 
@@ -313,6 +312,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--tokens", type=int, default=256, help="of a micro-batch, for growth")
+    parser.add_argument("--judged", default="200:300", help="rows for the loss after training")
     args = parser.parse_args()
     settings = load_settings(str(args.config))
     if args.subject == "bound":
@@ -320,7 +320,7 @@ def main() -> None:
     elif args.subject == "growth":
         result = growth(settings, args.tokens, args.result.parent)
     else:
-        result = train(SUBJECTS[args.subject], settings)
+        result = train(SUBJECTS[args.subject], settings, args.judged)
     args.result.write_text(json.dumps(result))
 
 

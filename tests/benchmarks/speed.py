@@ -12,6 +12,7 @@ process imports no torch: on Linux a child's peak memory begins with that of its
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -115,7 +116,7 @@ def measure(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Result
         first = number % len(names)
         rounds.append(
             {
-                name: run(name, args, seed=number, data=SUBJECTS[name])
+                name: run(name, args, "--judged", args.judged, seed=number, data=SUBJECTS[name])
                 for name in [*names[first:], *names[:first]]
             }
         )
@@ -158,7 +159,7 @@ def table(names: Sequence[str], rounds: list[Result], bounds: list[Result]) -> N
     )
     print(
         "| | real tokens/s | times the best peer | share of bound | peak GiB | "
-        "loss after training | logged, last quarter |"
+        "held-out perplexity | logged loss, last quarter |"
     )
     print("|---|---|---|---|---|---|---|")
     peers = [name for name in names if not name.startswith("recipe")]
@@ -171,12 +172,13 @@ def table(names: Sequence[str], rounds: list[Result], bounds: list[Result]) -> N
         speeds = [speed(one) for one in mine]
         middle = {
             key: statistics.median(one[key] for one in mine)
-            for key in ("bytes", "loss", "last_quarter_loss")
+            for key in ("bytes", "last_quarter_loss")
         }
         print(
             f"| {name} | {spread(speeds, ',.0f')} | {ratio} | "
             f"{statistics.median(speeds) / bound:.0%} | {middle['bytes'] / 2**30:.2f} | "
-            f"{middle['loss']:.4f} | {middle['last_quarter_loss']:.4f} |"
+            f"{spread([math.exp(one['loss']) for one in mine], '.3f')} | "
+            f"{middle['last_quarter_loss']:.4f} |"
         )
 
 
@@ -193,9 +195,9 @@ def verdict(names: Sequence[str], rounds: list[Result]) -> bool:
             continue
         away = statistics.median(one[name]["loss"] / one[REFERENCE]["loss"] - 1 for one in rounds)
         if abs(away) < SAME_LOSS:
-            print(f"{name}: loss after training {away:+.2%} from {REFERENCE}'s, within noise")
+            print(f"{name}: held-out loss {away:+.2%} from {REFERENCE}'s, within noise")
         else:
-            print(f"comparison void: {name}: loss after training {away:+.2%} from {REFERENCE}'s")
+            print(f"comparison void: {name}: held-out loss {away:+.2%} from {REFERENCE}'s")
             valid = False
     if valid:
         print("all saw the same tokens and trained the same ones")
@@ -274,6 +276,7 @@ def asked() -> argparse.Namespace:
     data = Path(given) if given else ALPACA if ALPACA.is_file() else STARTER_ROWS
     parser.add_argument("--data", type=Path, default=data, help="JSON rows; also RECIPE_ALPACA")
     parser.add_argument("--rows", default="0:200")
+    parser.add_argument("--judged", default="200:300", help="held-out rows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--dtype", default="float32")

@@ -4,8 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from recipe.finetune import finetune
 from recipe.settings import load_settings
+from recipe.training import head
 from tests.equalities.stock import recipe_gradients, relative_difference, stock_gradients
 
 ROWS_PER_STEP = 8
@@ -35,10 +38,10 @@ def settings(write_config: Callable[..., object]) -> Callable[..., object]:
     return build
 
 
-def differences(settings) -> list[float]:
+def differences(settings, rows_per_step=ROWS_PER_STEP) -> list[float]:
     steps, rows, adapter = recipe_gradients(settings)
-    stock = stock_gradients(settings, rows, adapter, rows_per_step=ROWS_PER_STEP)
-    assert len(steps) == len(stock) == 2
+    stock = stock_gradients(settings, rows, adapter, rows_per_step=rows_per_step)
+    assert len(steps) == len(stock) == -(-ROWS_IN_ALL // rows_per_step)
     found = [relative_difference(a, b) for a, b in zip(steps, stock, strict=True)]
     print("relative differences:", *(f"{value:.1e}" for value in found))
     return found
@@ -55,9 +58,44 @@ def test_accumulation_is_the_padded_whole(settings, batch, accumulation, checkpo
     assert max(differences(settings(training=training))) < 1e-6
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4), (1, 7)])
+def test_a_loss_in_chunks_is_the_padded_whole(
+    settings, monkeypatch, batch, accumulation, checkpointing
+):
+    monkeypatch.setitem(head._LOGITS_AT_ONCE, "cpu", 1)  # chunks of 8 positions
+    training = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_checkpointing": checkpointing,
+    }
+    asked = settings(training=training)
+    assert max(differences(asked, rows_per_step=batch * accumulation)) < 1e-6
+
+
+class EmbeddingGradient(TrainerCallback):
+    """Whether the embedding's output asked for a gradient, at each forward pass."""
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output: self.asked.append(output.requires_grad)
+        )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_flows_back_into_the_frozen_embedding(settings, checkpointing):
+    watch = EmbeddingGradient()
+    finetune(settings(training={"gradient_checkpointing": checkpointing}), watchers=[watch])
+    assert watch.asked
+    assert not any(watch.asked)
+
+
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("batch", "accumulation"), SHAPES[1:])
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (2, 4), (4, 1)])
 def test_shared_openings_are_the_padded_whole(
     settings, capsys, batch, accumulation, checkpointing, lora
 ):
@@ -67,7 +105,7 @@ def test_shared_openings_are_the_padded_whole(
         "gradient_checkpointing": checkpointing,
     }
     asked = settings(lora=lora, data={"share_openings": True}, training=training)
-    assert max(differences(asked)) < 1e-6
+    assert max(differences(asked, rows_per_step=batch * accumulation)) < 1e-6
     assert "not computed: rows of a micro-batch begin alike" in capsys.readouterr().out
 
 
