@@ -48,10 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
         show_data(settings, args.show_data)
         return
     from recipe.finetune import check, finetune
-    from recipe.publish import check_hub, publish_run
 
     publishes = settings.hub.push and os.environ.get("RANK", "0") == "0"
     if publishes:
+        from recipe.publish import check_hub, publish_run
+
         check_hub(settings.hub, settings.model)
     if args.check:
         check(settings)

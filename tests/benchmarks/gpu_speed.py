@@ -220,9 +220,8 @@ SUBJECTS = {"recipe": recipe, "recipe-shared": recipe, "trainer": trainer, "trl-
 def product_rate(args: Args) -> float:
     """FLOP/s of a large product of random matrices, by the median of a second's measurements."""
     size = PRODUCT[args.device]
-    a, b = (torch.randn(size, size, device=args.device).to(args.dtype) for _ in range(2))
-    timer = Timer("a @ b", globals={"a": a, "b": b})
-    return 2 * size**3 / timer.blocked_autorange(min_run_time=1).median
+    a = torch.randn(size, size, device=args.device).to(args.dtype)
+    return 2 * size**3 / Timer("a @ a", globals={"a": a}).blocked_autorange(min_run_time=1).median
 
 
 def measure(args: Args) -> Result:
@@ -268,14 +267,13 @@ def run(arm: str, subject: str, args: Args) -> Result:
     if missing or (args.device == "cpu" and "bf16" not in arm):
         return {"not": f"skipped: no {missing} here" if missing else "skipped: needs CUDA"}
     # One card: on several the Trainer would lay a micro-batch over all.
-    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = card if args.device == "cuda" else ""
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if args.device == "cuda" else ""
+    card = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": cards.split(",")[0]}
     with tempfile.TemporaryDirectory(prefix="recipe-bench-") as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "tests.benchmarks.gpu_speed", *sys.argv[1:]]
         command += ["--one", arm, subject, str(file)]
-        named = {"cwd": HOME, "env": environment, "capture_output": True, "text": True}
+        named = {"cwd": HOME, "env": {**os.environ, **card}, "capture_output": True, "text": True}
         done = subprocess.run(command, **named)
         if file.is_file():
             return dict(json.loads(file.read_text()))
@@ -296,7 +294,6 @@ def line(arm: str, subject: str, one: Result) -> str:
 
 
 def header(args: Args) -> str:
-    """Device, versions, date, and what is trained."""
     names = ("torch", "transformers", "peft", "bitsandbytes", "trl", "liger_kernel")
     told = " ".join(f"{name} {version(name) if find_spec(name) else 'absent'} ·" for name in names)
     rows = synthetic_rows(args)
