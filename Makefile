@@ -29,7 +29,8 @@ STARTER := models/smollm2-135m-instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help setup train infer chat verify inspect merge push pull test test-slow test-gpu fuzz check lint types options \
-        bench-starter bench-decoding bench-adapter bench-exactness bench clean
+        bench-starter bench-decoding bench-adapter bench-exactness \
+        bench bench-gpu bench-start clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +88,12 @@ check: lint types test ## lint, types, import order, tests
 
 bench: setup .venv/.bench ## speed and memory of training beside Trainer and TRL; ARGS="--growth" by step size
 	@$(PY) -m tests.benchmarks.speed $(ARGS)
+
+bench-gpu: setup .venv/.bench ## the same for the Llama-2-7B shape on a GPU, random weights: ARGS="--arms bf16"
+	@$(PY) -m tests.benchmarks.gpu_speed $(ARGS)
+
+bench-start: setup .venv/.dev ## how long a second start takes until the first step begins
+	@$(PY) -m tests.benchmarks.start $(ARGS)
 
 bench-starter: setup .venv/.dev ## tuned against base on the held-out starter rows, 3 seeds
 	@$(PY) -m tests.benchmarks.starter_answers $(ARGS)

@@ -9,7 +9,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +81,8 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     if main_process and resumed is None:
         write_settings(folder, settings)
         write_manifest(folder, **manifest_facts(run))
-    base_says = _base_says(run, base_changed=prepared.initial is not None)
+    # PiSSA and OLoRA took their start out of the base; only with it is the base whole.
+    base_says = _says(run) if prepared.initial else None
     before = _take_up(trainer, log, resumed) if resumed else _held_out_perplexity(trainer)
     if resumed:
         say(f"resumed   from {resumed}")
@@ -91,10 +91,10 @@ def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Pa
     _train(trainer, resumed)
     after = _held_out_perplexity(trainer)
     if main_process:
-        plot_loss(log.file, folder / "loss.png", title=f"{settings.name} · {folder.name}")
         start = Path(prepared.initial.name) if prepared.initial else None
         probes = _probes(run, base_says)
         save_adapter(trainer.model, folder / "adapter", receipt(run, folder, probes), initial=start)
+        plot_loss(log.file, folder / "loss.png", title=f"{settings.name} · {folder.name}")
         _note_unchanged(trainer, log)
     seconds = time.perf_counter() - started
     say("\n".join(conclusion(run, log, folder, before=before, after=after, seconds=seconds)))
@@ -223,21 +223,19 @@ def _train(trainer: TokenWeightedTrainer, resumed: Path | None) -> None:
     set_peft_model_state_dict(trainer.model, weights)
 
 
-def _base_says(run: Run, *, base_changed: bool) -> torch.Tensor:
-    """The base's logits for the probes, before anything is trained.
-
-    Args:
-        base_changed: PiSSA and OLoRA took their start out of the base; only with it is it whole.
-    """
+def _says(run: Run) -> torch.Tensor:
+    """The model's logits for the probes, as it is now."""
     _, rows = encode_probes(run.data.template, run.data.tokenizer)
-    with nullcontext() if base_changed else run.model.disable_adapter():
-        return next_token_logits(run.model, rows)
+    return next_token_logits(run.model, rows)
 
 
-def _probes(run: Run, base_says: torch.Tensor) -> list[Probe]:
+def _probes(run: Run, base_says: torch.Tensor | None) -> list[Probe]:
+    """What base and tuned model answer; ``base_says`` is None where the base is still whole."""
     texts, rows = encode_probes(run.data.template, run.data.tokenizer)
-    tuned = next_token_logits(run.model, rows)
-    return make_probes(texts, rows, base=base_says, tuned=tuned)
+    if base_says is None:
+        with run.model.disable_adapter():
+            base_says = _says(run)
+    return make_probes(texts, rows, base=base_says, tuned=_says(run))
 
 
 def _note_unchanged(trainer: TokenWeightedTrainer, log: RunLog) -> None:

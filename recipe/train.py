@@ -11,6 +11,7 @@ runs/<config>-001, -002…; its settings.yaml given to --config repeats the run 
 """
 
 import argparse
+import gc
 import os
 import sys
 
@@ -49,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     from recipe.finetune import check, finetune
 
+    # What the imports made stays; the Trainer's collections need not walk through it each time.
+    gc.freeze()
     publishes = settings.hub.push and os.environ.get("RANK", "0") == "0"
     if publishes:
         from recipe.publish import check_hub, publish_run

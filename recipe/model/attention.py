@@ -31,8 +31,8 @@ def per_row_sdpa(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row: no mask is built and no product between rows computed.
 
-    By torch's variable-length FlashAttention where it exists, 16-bit on CUDA, else by one call a
-    row.
+    By torch's variable-length FlashAttention where it exists (16 bit on CUDA), else by one call of
+    ``scaled_dot_product_attention`` a row.
 
     Args:
         query: (1, heads, T, head_dim); ``key`` and ``value``: (1, key-value heads, T, head_dim).
@@ -48,7 +48,7 @@ def per_row_sdpa(
     if row_lengths is None or query.shape[0] != 1:
         raise ValueError("per_row_sdpa needs one flattened sequence with row_lengths")
     openings = openings or [0] * len(row_lengths)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+    if _has_varlen_kernel(query.device, query.dtype, query.shape[-1]) and not dropout:
         return _varlen(query, key, value, row_lengths, openings, scaling), None
     rows = [
         F.scaled_dot_product_attention(
@@ -61,6 +61,19 @@ def per_row_sdpa(
         )
     ]
     return torch.cat(rows, dim=2).transpose(1, 2), None
+
+
+@lru_cache
+def _has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """FlashAttention 2 as torch brings it: 16 bit, Ampere or later, heads of up to 256."""
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def _whole_rows(x: torch.Tensor, lengths: list[int], openings: list[int]) -> list[torch.Tensor]:

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no window, no display
-from matplotlib import pyplot
-
 
 def plot_loss(metrics: Path, picture: Path, *, title: str) -> None:
     """Draw training loss by step, its mean by epoch and the held-out loss."""
+    import matplotlib  # half a second of a run's start otherwise
+
+    matplotlib.use("Agg")  # no window, no display
+    from matplotlib import pyplot
+
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for key, label, style in (

@@ -28,21 +28,20 @@ AutoModelForCausalLM.from_pretrained("{{model}}", dtype=torch.float32)
 {ELAPSED}
 """
 RECIPE = f"""
-import os, sys
+import functools, os, sys
 from recipe import train
 from recipe.quiet import quiet_libraries
-settings = train.load_settings("starter.yaml", [
-    "model.name_or_path={{model}}", "data.held_out=null", "training.output_dir={{folder}}/run",
-])
 quiet_libraries()
-from recipe.finetune import finetune
+from recipe import finetune
 from transformers import TrainerCallback
 class Stop(TrainerCallback):
     def on_step_begin(self, *args, **named):
         {ELAPSED}
         sys.stdout.flush()
         os._exit(0)
-finetune(settings, watchers=[Stop()])
+finetune.finetune = functools.partial(finetune.finetune, watchers=[Stop()])
+train.main(["--config", "starter.yaml", "model.name_or_path={{model}}", "data.held_out=null",
+            "training.output_dir={{folder}}/run"])
 """
 
 
