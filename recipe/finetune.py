@@ -18,17 +18,22 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from recipe.memory.probe import peak_memory
-from recipe.model.attention import PER_ROW_SDPA
 from recipe.model.checkpoint import load_base, loaded_commit
 from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
 from recipe.run_account import Run, conclusion, introduction, manifest_facts, receipt
-from recipe.run_data import Data, load_data
+from recipe.run_data import Data, load_data, share_openings
 from recipe.settings import Settings, UserError
 from recipe.sharing.adapter_folder import save_adapter
 from recipe.sharing.probes import Probe, encode_probes, make_probes, next_token_logits
 from recipe.training.arguments import autocast_dtype, training_arguments
-from recipe.training.checkpoints import LOG_STATE, SealCheckpoints, check_same_run, find_checkpoint
+from recipe.training.checkpoints import (
+    LOG_STATE,
+    Beginning,
+    SealCheckpoints,
+    check_same_run,
+    find_checkpoint,
+)
 from recipe.training.head import OutputHead
 from recipe.training.loss import TokenLoss
 from recipe.training.machine import check_machine
@@ -159,14 +164,9 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
         callbacks=callbacks,
         loss=loss,
         head=head,
-        share_openings=_share_openings(settings),
+        share_openings=share_openings(settings),
     )
     return _Prepared(arguments, data, trainer, log, base_sha256, initial)
-
-
-def _share_openings(settings: Settings) -> bool:
-    asked = settings.data.share_openings
-    return settings.model.attn_implementation == PER_ROW_SDPA if asked is None else asked
 
 
 def _speaker(*, main_process: bool) -> Callable[[str], None]:
@@ -191,8 +191,13 @@ def _run_folder(settings: Settings, prepared: _Prepared, resumed: Path | None) -
 
 
 def _check_same_run(settings: Settings, prepared: _Prepared, run: Path) -> None:
-    tokens = prepared.data.tokens_sha256
-    check_same_run(settings, run, tokens_sha256=tokens, base_sha256=prepared.base_sha256)
+    now = Beginning(
+        prepared.data.tokens_sha256,
+        prepared.base_sha256,
+        share_openings(settings),
+        prepared.arguments.world_size,
+    )
+    check_same_run(settings, run, now)
 
 
 def _take_up(trainer: TokenWeightedTrainer, log: RunLog, resumed: Path) -> float | None:

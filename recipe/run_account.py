@@ -16,7 +16,7 @@ from recipe.memory.probe import in_words, peak_memory
 from recipe.model.checkpoint import generation_config_notes
 from recipe.model.fingerprint import computing_config
 from recipe.model.lora import dtype_plan, total_parameters, trainable_parameters
-from recipe.run_data import Data, left_out, summary
+from recipe.run_data import Data, left_out, share_openings, summary
 from recipe.settings import Settings, plain
 from recipe.sharing.probes import Probe
 from recipe.training.machine import device_name, idle_threads
@@ -86,7 +86,7 @@ def conclusion(
         f"learned   {learned}",
         f"cost      {seconds:.0f} s in all, {log.seconds:.0f} s of them training · peak memory "
         f"{in_words(peak_memory())} · {log.skipped_steps} skipped steps",
-        *_shared(log),
+        *_shared(*log.tokens(run.arguments.device)),
         f"saved     {folder / 'adapter'} (reopened: whole, finite, as trained)",
         f"          {folder / 'loss.png'}, {folder / 'metrics.jsonl'}",
         'next      make infer PROMPT="…"  asks it; ADAPTER=none asks the base',
@@ -119,6 +119,7 @@ def manifest_facts(run: Run) -> dict[str, Any]:
             "dropped_empty": data.rows.empty,
             "dropped_overlap": data.rows.overlap,
             "repeated": data.rows.repeated,
+            "share_openings": share_openings(run.settings),
             "dropped_long": data.train.dropped + data.held_out.dropped,
             "truncated": data.train.truncated + data.held_out.truncated,
         },
@@ -153,13 +154,13 @@ def receipt(run: Run, folder: Path, probes: Sequence[Probe]) -> dict[str, Any]:
     }
 
 
-def _shared(log: RunLog) -> list[str]:
-    if not log.shared_tokens:
+def _shared(shared: int, computed: int) -> list[str]:
+    if not shared:
         return []
-    tokens = log.computed_tokens + log.shared_tokens
+    tokens = computed + shared
     return [
-        f"          {log.shared_tokens:,} of {tokens:,} tokens "
-        f"({log.shared_tokens / tokens:.0%}) not computed: rows of a micro-batch begin alike"
+        f"          {shared:,} of {tokens:,} tokens ({shared / tokens:.0%}) not computed: rows of "
+        "a micro-batch begin alike"
     ]
 
 

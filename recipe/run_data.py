@@ -14,6 +14,7 @@ from recipe.data.rows import Row, Rows, read_rows
 from recipe.data.show import shown_rows
 from recipe.data.templates import Template, build_template
 from recipe.data.tokens import TokenizedRow
+from recipe.model.attention import PER_ROW_SDPA
 from recipe.model.checkpoint import check_special_ids, load_config, load_tokenizer
 from recipe.settings import Settings, UserError
 
@@ -76,6 +77,12 @@ def load_data(settings: Settings) -> Data:
         special_in_text=_special_in_text(every, template, tokenizer),
         cache=cache,
     )
+
+
+def share_openings(settings: Settings) -> bool:
+    """What ``data.share_openings`` comes to; other attention would let the rows see each other."""
+    asked = settings.data.share_openings
+    return settings.model.attn_implementation == PER_ROW_SDPA if asked is None else asked
 
 
 def show_data(settings: Settings, count: int) -> None:

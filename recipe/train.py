@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     from recipe.finetune import check, finetune
 
     # What the imports made stays; the Trainer's collections need not walk through it each time.
+    gc.collect()
     gc.freeze()
     publishes = settings.hub.push and os.environ.get("RANK", "0") == "0"
     if publishes:

@@ -53,14 +53,14 @@ def per_row_sdpa(
     rows = [
         F.scaled_dot_product_attention(
             q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True
-        )[:, :, opening:]
+        ).transpose(1, 2)[:, opening:]
         for q, k, v, opening in zip(
             *(_whole_rows(x, row_lengths, openings) for x in (query, key, value)),
             openings,
             strict=True,
         )
     ]
-    return torch.cat(rows, dim=2).transpose(1, 2), None
+    return torch.cat(rows, dim=1), None
 
 
 @lru_cache

@@ -1,7 +1,7 @@
 """LoRA's dropout on a CPU: the same distribution from a quarter of the random numbers.
 
-torch draws one number for each element, which took 6 % of a training step of the starter model
-(2 cores, torch 2.13, 2026-11-25). Here 64 random bits decide on four elements.
+torch draws one number for each element, and generating them shows in a training step. Here 64
+random bits decide on four elements.
 """
 
 import torch
@@ -14,8 +14,8 @@ _LEVELS = 2**16  # the probability is rounded to a multiple of 1 / 65536
 class SixteenBitDropout(nn.Dropout):
     """``nn.Dropout`` by comparing 16 random bits an element; elsewhere than on a CPU, as ever.
 
-    The factor on what is kept is that of the rounded probability, so the mean stays exact. The bits
-    come from torch's own generator: seeds, saved states and checkpointing hold.
+    The factor on what is kept is that of the rounded probability, so the mean stays. The bits come
+    from torch's own generator: seeds, saved states and checkpointing hold.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

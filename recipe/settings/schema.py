@@ -118,9 +118,10 @@ class DataSettings(_Section):
     )
     share_openings: bool | None = Field(
         default=None,
-        description="Compute once what rows of a micro-batch begin with in common. At lora_dropout "
-        "0 nothing changes; else these rows share one dropout mask, which is unbiased. null shares "
-        "wherever it pays; needs model.attn_implementation per_row_sdpa.",
+        description="Compute once what rows of a micro-batch begin with in common, wherever that "
+        "pays. Without dropout nothing changes; with it these rows share one mask of the opening, "
+        "which is unbiased. null is true with model.attn_implementation per_row_sdpa, which it "
+        "needs, and else false.",
     )
     max_length: Annotated[int, Ge(8)] | None = Field(
         default=None, description="Most tokens a row may have; null is the model's context."

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from transformers.trainer_pt_utils import safe_globals
 
 from recipe.sealed import damage, seal
 from recipe.settings import Problem, Settings, UserError, dump
-from recipe.training.arguments import world_size
 from recipe.training.run_log import RunLog
 
 LOG_STATE = "run_log.json"
@@ -131,65 +131,91 @@ def _unlike_a_state(folder: Path, *, best_needed: bool) -> list[str]:
     return []
 
 
-def check_same_run(settings: Settings, run: Path, *, tokens_sha256: str, base_sha256: str) -> None:
-    """A run continues with the settings, the data and the base it began with, or not at all.
+@dataclass(frozen=True)
+class Beginning:
+    """What a run began with, settings aside.
 
-    Args:
-        base_sha256: see ``recipe.model.fingerprint``.
+    ``base_sha256`` is explained in ``recipe.model.fingerprint``; ``share_openings`` is what
+    ``data.share_openings`` comes to, and None for runs from before it was written down.
+    """
+
+    tokens_sha256: str
+    base_sha256: str
+    share_openings: bool | None
+    processes: int
+
+
+def check_same_run(settings: Settings, run: Path, now: Beginning) -> None:
+    """A run continues with the settings, the data and the base it began with, or not at all.
 
     Raises:
         UserError: naming each difference.
     """
-    began, began_tokens_sha256, began_base_sha256, began_processes = _began(run)
-    now = _flat(yaml.safe_load(dump(settings)))
+    began, beginning = _began(run)
+    asked = _flat(yaml.safe_load(dump(settings)))
     problems = [
         Problem(
-            key, f"is {now.get(key)!r}, but {run} began with {began.get(key)!r}. Change it back."
+            key, f"is {asked.get(key)!r}, but {run} began with {began.get(key)!r}. Change it back."
         )
-        for key in sorted(began.keys() | now.keys())
+        for key in sorted(began.keys() | asked.keys())
         # Where the adapter goes in the end changes nothing of it.
-        if began.get(key) != now.get(key) and key != "name" and not key.startswith("hub.")
+        if began.get(key) != asked.get(key) and key != "name" and not key.startswith("hub.")
     ]
-    if began_tokens_sha256 != tokens_sha256:
+    problems += _changed(run, beginning, now)
+    output_dir = settings.training.get("output_dir")
+    if output_dir and Path(output_dir).resolve() != run.resolve():
         problems.append(
             Problem(
-                "data.path",
-                f"its rows changed since {run} began, or the tokenizer's template did. Bring the "
-                "old files back.",
+                "training.output_dir", f"is {output_dir}, but {run} is continued. Leave it out."
             )
-        )
-    if began_base_sha256 != base_sha256:
-        problems.append(
-            Problem(
-                "model.name_or_path",
-                f"its weights are others than {run} began with. Bring the old ones back; for a hub "
-                "id, name their model.revision.",
-            )
-        )
-    if began_processes != world_size():
-        problems.append(
-            Problem(
-                "accelerate launch",
-                f"{world_size()} processes, but {run} began with {began_processes}, and each "
-                "has its own random state. Start as many.",
-            )
-        )
-    asked = settings.training.get("output_dir")
-    if asked and Path(asked).resolve() != run.resolve():
-        problems.append(
-            Problem("training.output_dir", f"is {asked}, but {run} is continued. Leave it out.")
         )
     if problems:
         raise UserError(problems)
 
 
-def _began(run: Path) -> tuple[dict[str, Any], str, str, int]:
-    """What ``run`` wrote at its start: settings, flat; hashes of tokens and base; processes."""
+def _changed(run: Path, began: Beginning, now: Beginning) -> list[Problem]:
+    said = {
+        "tokens_sha256": Problem(
+            "data.path",
+            f"its rows changed since {run} began, or the tokenizer's template did. Bring the old "
+            "files back.",
+        ),
+        "base_sha256": Problem(
+            "model.name_or_path",
+            f"its weights are others than {run} began with. Bring the old ones back; for a hub id, "
+            "name their model.revision.",
+        ),
+        "share_openings": Problem(
+            "data.share_openings",
+            f"comes to {now.share_openings}, but to {began.share_openings} when {run} began. "
+            f"Set it to {str(began.share_openings).lower()}.",
+        )
+        if began.share_openings is not None
+        else Problem(
+            "training.resume_from_checkpoint",
+            f"{run} began with a version that drew other dropout masks. Continue it with that "
+            "version, or start anew.",
+        ),
+        "processes": Problem(
+            "accelerate launch",
+            f"{now.processes} processes, but {run} began with {began.processes}, and each has its "
+            "own random state. Start as many.",
+        ),
+    }
+    return [problem for name, problem in said.items() if getattr(began, name) != getattr(now, name)]
+
+
+def _began(run: Path) -> tuple[dict[str, Any], Beginning]:
+    """The settings of ``run``, flat, and what else it wrote at its start."""
     try:
         settings = _flat(yaml.safe_load((run / "settings.yaml").read_text()))
         manifest = json.loads((run / "manifest.json").read_text())
-        tokens_sha256 = manifest["data"]["tokens_sha256"]
-        return settings, tokens_sha256, manifest["base_sha256"], manifest["processes"]
+        return settings, Beginning(
+            manifest["data"]["tokens_sha256"],
+            manifest["base_sha256"],
+            manifest["data"].get("share_openings"),
+            manifest["processes"],
+        )
     except (OSError, ValueError, RecursionError, yaml.YAMLError, *_OF_ANOTHER_SHAPE) as error:
         raise UserError.single(
             "training.resume_from_checkpoint",

@@ -41,6 +41,7 @@ class OutputHead:
         head = self._model.get_output_embeddings()
         self._frozen = head if _applies_alone(head) else None
         self._dtype = autocast
+        self._scale: float | None = None
 
     @property
     def chunked(self) -> bool:
@@ -74,12 +75,20 @@ class OutputHead:
         weight, bias = self._frozen.weight, self._frozen.bias
         dtype = self._dtype or weight.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        nll: torch.Tensor = _ChunkedNLL.apply(output, weight, bias, labels)  # type: ignore[no-untyped-call]
+        if self._scale is None:  # once: it waits for the device
+            self._scale = _scale(weight)
+        nll: torch.Tensor = _ChunkedNLL.apply(output, weight, bias, labels, self._scale)  # type: ignore[no-untyped-call]
         return nll
 
 
 def _applies_alone(head: nn.Module) -> bool:
-    hooked = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+    hooks = (
+        head._forward_hooks,
+        head._forward_pre_hooks,
+        head._backward_hooks,
+        head._backward_pre_hooks,
+    )
+    hooked = any(hooks) or hasattr(head, "_hf_hook")
     trained = any(parameter.requires_grad for parameter in head.parameters())
     return type(head) is nn.Linear and not trained and not hooked
 
@@ -94,12 +103,12 @@ class _ChunkedNLL(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
         rows = _chunk_rows(weight)
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden, dtype=torch.float32) if needed else None
-        scale = _scale(weight) if needed else 1.0
         for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
             logits = F.linear(hidden[chunk].to(weight.dtype), weight, bias).float()
@@ -120,7 +129,7 @@ class _ChunkedNLL(torch.autograd.Function):
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Here the fp16 scaler's factor arrives: nothing was rounded to 16 bits without it.
         (gradient,) = ctx.saved_tensors
-        return (gradient * outer[:, None]).to(ctx.dtype), None, None, None
+        return (gradient * outer[:, None]).to(ctx.dtype), None, None, None, None
 
 
 def _logit_gradient(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -145,5 +154,7 @@ def _scale(weight: torch.Tensor) -> float:
     """
     if weight.dtype != torch.float16:
         return 1.0
-    largest = max(float(weight.abs().max()), 1.0)
+    largest = max(float(torch.linalg.vector_norm(weight, math.inf)), 1.0)
+    if not math.isfinite(largest):
+        return 1.0  # the loss will tell
     return float(2 ** math.floor(math.log2(torch.finfo(torch.float16).max / (2 * largest))))

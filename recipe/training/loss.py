@@ -1,4 +1,7 @@
-"""The per-token negative log-likelihood, defined once: training and evaluation both use it."""
+"""The per-token negative log-likelihood, and the Trainer's loss made of it.
+
+``recipe.training.head`` computes the same in chunks, and gives its gradient in closed form.
+"""
 
 import math
 from collections.abc import Callable

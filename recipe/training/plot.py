@@ -6,7 +6,7 @@ from pathlib import Path
 
 def plot_loss(metrics: Path, picture: Path, *, title: str) -> None:
     """Draw training loss by step, its mean by epoch and the held-out loss."""
-    import matplotlib  # half a second of a run's start otherwise
+    import matplotlib  # here, as a run's start need not wait for it
 
     matplotlib.use("Agg")  # no window, no display
     from matplotlib import pyplot

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipe.settings import RunFailed
-from recipe.training.loss import TokenLoss
+from recipe.training.loss import TokenLoss, sum_over_processes
 
 
 class RunLog(TrainerCallback):
@@ -31,7 +32,7 @@ class RunLog(TrainerCallback):
         self.trained_tokens = 0
         self.seconds = 0.0
         self.skipped_steps = 0
-        # Of this process since it started: what the model was given, and what that saved.
+        # Of this process: what the model was given, and what need not be given.
         self.computed_tokens = 0
         self.shared_tokens = 0
         self.first_perplexity: float | None = None
@@ -152,6 +153,8 @@ class RunLog(TrainerCallback):
             "skipped_steps": self.skipped_steps,
             "first_perplexity": self.first_perplexity,
             "first": self.first,
+            "computed_tokens": self.computed_tokens,
+            "shared_tokens": self.shared_tokens,
             "open_epoch": {
                 **dict(zip(("nll", "tokens"), self._loss.totals(args.device), strict=True)),
                 "seconds": self._epoch_seconds(),
@@ -167,6 +170,8 @@ class RunLog(TrainerCallback):
             "skipped_steps",
             "first_perplexity",
             "first",
+            "computed_tokens",
+            "shared_tokens",
         ):
             setattr(self, name, state[name])
         step, epoch, open_epoch = state["step"], state["epoch"], state["open_epoch"]
@@ -187,6 +192,13 @@ class RunLog(TrainerCallback):
         closed = any(r["step"] == step and "epoch_loss" in r for r in records)
         if main_process and not closed:
             self._write(record)
+
+    def tokens(self, device: torch.device) -> tuple[int, int]:
+        """Of all processes: (shared, computed) tokens of training."""
+        shared, computed = sum_over_processes(
+            (float(self.shared_tokens), self.computed_tokens), device
+        )
+        return int(shared), computed
 
     def stop(self, message: str) -> NoReturn:
         """End the run, without the bar across the message."""

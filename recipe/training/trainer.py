@@ -160,7 +160,9 @@ class TokenWeightedTrainer(Trainer):
             return self._head.nll(self._logits(inputs), labels)
 
     def _logits(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """(K, vocabulary) of one batch without labels; float32, or what the base computes in."""
+        """(K, vocabulary) of one batch without labels, or (K, hidden) with the head ``apart``;
+        float32, or what the base computes in.
+        """
         # autocast here too: before the first step the model is not yet wrapped in it.
         with torch.no_grad(), self.accelerator.autocast():
             logits: torch.Tensor = self.model(**inputs).logits[0]

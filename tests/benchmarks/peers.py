@@ -104,7 +104,9 @@ class Watch(TrainerCallback):
         if labels is None:
             labels = named["labels"][:, 1:]
         # Summed when training has ended: a number taken here would make the GPU wait.
+        # An opening that rows share counts for each of them.
         seen = named["input_ids"].numel() if mask is None else mask.sum()
+        seen = seen + sum(named.get("openings", ()))
         self._seen.append((seen, (labels != IGNORED).sum()))
 
 

@@ -113,6 +113,7 @@ def test_shared_openings_are_the_padded_whole(
 def test_every_attention_keeps_rows_apart(settings, attn_implementation):
     asked = settings(
         model={"attn_implementation": attn_implementation},
+        data={"share_openings": None},
         training={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     )
     assert max(differences(asked)) < 1e-6

@@ -212,3 +212,11 @@ def test_no_heavy_import_and_well_under_a_second(write_config) -> None:
     assert done.stdout.strip() == "set()"
     # 0.3 s alone on two cores; the bound leaves room for a busy machine.
     assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_openings_are_shared_by_the_one_attention_that_can(attention: str) -> None:
+    config, attended = "lora_alpaca.yaml", f"model.attn_implementation={attention}"
+    with pytest.raises(UserError, match=f"needs model.attn_implementation: .*, found {attention}"):
+        load_settings(config, [attended, "data.share_openings=true"])
+    assert load_settings(config, [attended, "data.share_openings=false"])

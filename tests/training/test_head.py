@@ -92,6 +92,15 @@ def test_half_precision_gradient_is_no_worse_than_a_scalers(tiny_checkpoint, chu
     assert errors[0] < 1.1 * errors[1]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 7e4])
+def test_a_broken_head_gives_a_broken_loss_and_no_traceback(tiny_checkpoint, value):
+    model = peft_model(tiny_checkpoint)
+    hidden, labels = states(model)
+    model.get_base_model().lm_head.weight.data[5, 5] = value
+    found = OutputHead(model, torch.float16).nll(hidden.requires_grad_(), labels)
+    assert not found.sum().isfinite()
+
+
 def test_the_head_is_in_place_whenever_nothing_runs(tiny_checkpoint):
     model = peft_model(tiny_checkpoint)
     linear, head = model.get_base_model().lm_head, OutputHead(model)

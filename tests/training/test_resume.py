@@ -152,6 +152,25 @@ def test_another_run_is_not_continued(config, tmp_path, write_rows):
         run(config, resume)
 
 
+def test_a_run_that_computed_otherwise_is_not_continued(config, tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(1)])
+    resume = f"training.resume_from_checkpoint={tmp_path / 'run'}"
+    manifest = tmp_path / "run/manifest.json"
+    kept = manifest.read_text()
+    for began, message in (
+        (
+            '"share_openings": false',
+            r"data.share_openings: comes to True, but to False .* to false",
+        ),
+        ('"other": 1', "began with a version that drew other dropout masks"),
+    ):
+        assert '"share_openings": true' in kept
+        manifest.write_text(kept.replace('"share_openings": true', began))
+        with pytest.raises(UserError, match=message):
+            run(config, resume)
+
+
 @pytest.mark.parametrize("overrides", [[], ["lora.init_lora_weights=pissa"]])
 def test_a_run_does_not_go_on_with_other_weights(config, tmp_path, tiny_checkpoint, overrides):
     base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
