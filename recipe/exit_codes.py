@@ -1,11 +1,13 @@
-"""How a command ends: 0 done, 1 our bug, 2 the user's mistake, 3 it ran and the answer is no."""
+"""How a command ends: 0 done, 1 our bug, 2 the user's mistake, 3 it ran and the answer is no, 130
+and 143 stopped by SIGINT and SIGTERM.
+"""
 
 import io
 import os
 import sys
 from collections.abc import Callable
 
-from recipe.settings import RunFailed, UserError
+from recipe.settings import RunFailed, Stopped, UserError
 
 
 def run_command(main: Callable[[], None]) -> int:
@@ -25,6 +27,10 @@ def run_command(main: Callable[[], None]) -> int:
     except RunFailed as error:
         print(error, file=sys.stderr)
         return 3
+    except Stopped as stopped:
+        if str(stopped):  # the first of several processes says it
+            print(stopped, file=sys.stderr)
+        return 128 + stopped.signal_number
     except BrokenPipeError:
         # Whoever read the screen has seen enough; without this Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,17 +24,16 @@ from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
 from recipe.run_account import Run, conclusion, introduction, manifest_facts, receipt
 from recipe.run_data import Data, load_data, share_openings
+from recipe.sealed import remove_unfinished
 from recipe.settings import Settings, UserError
 from recipe.sharing.adapter_folder import save_adapter
 from recipe.sharing.probes import Probe, encode_probes, make_probes, next_token_logits
 from recipe.training.arguments import autocast_dtype, training_arguments
-from recipe.training.checkpoints import (
-    LOG_STATE,
-    Beginning,
-    SealCheckpoints,
-    check_same_run,
-    find_checkpoint,
-)
+from recipe.training.build import build_trainer
+from recipe.training.checkpoints import LOG_STATE, Checkpoint, find_checkpoint
+from recipe.training.disk import check_space, planned_steps
+from recipe.training.faults import faults_told
+from recipe.training.flow import GoOnLogging, Rehearse
 from recipe.training.head import OutputHead
 from recipe.training.loss import TokenLoss
 from recipe.training.machine import check_machine
@@ -41,11 +41,17 @@ from recipe.training.plot import plot_loss
 from recipe.training.run_folder import (
     check_output_dir,
     make_run_folder,
+    planned_folder,
     write_manifest,
     write_settings,
 )
 from recipe.training.run_log import RunLog
-from recipe.training.trainer import TokenWeightedTrainer, build_trainer
+from recipe.training.same_run import Beginning, check_same_run
+from recipe.training.signals import StopOnSignal
+from recipe.training.trainer import TokenWeightedTrainer
+
+# The trainer as its first step finds it, the rows, and how to say a line.
+Rehearsal = Callable[[TokenWeightedTrainer, Data, Callable[[str], None]], None]
 
 
 @dataclass(frozen=True)
@@ -56,51 +62,62 @@ class _Prepared:
     data: Data
     trainer: TokenWeightedTrainer
     log: RunLog
+    stop: StopOnSignal
     base_sha256: str
     initial: tempfile.TemporaryDirectory[str] | None
 
 
-def finetune(settings: Settings, watchers: Sequence[TrainerCallback] = ()) -> Path:
+def finetune(
+    settings: Settings,
+    watchers: Sequence[TrainerCallback] = (),
+    *,
+    rehearse: Rehearsal | None = None,
+    allow_changed: bool = False,
+) -> Path:
     """Train what ``settings`` describe; return the run's folder with the checked adapter in it.
 
     Nothing is written before settings, machine, data and model have all been accepted.
 
     Args:
         watchers: callbacks that look at the run, such as one that captures gradients.
+        rehearse: called when the first step could be taken.
+        allow_changed: see ``recipe.training.same_run``.
 
     Raises:
         UserError: something asked for cannot be done as asked.
-        RunFailed: a value became NaN or infinite, or the saved adapter is not usable.
+        RunFailed: a value became NaN or infinite, memory or disk do not suffice, or the saved
+            adapter is not usable.
+        Stopped: by a signal, behind a checkpoint.
     """
     started = time.perf_counter()
     resumed = _checkpoint(settings)
     prepared = _prepare(settings, watchers)
     arguments, trainer, log = prepared.arguments, prepared.trainer, prepared.log
-    folder = _run_folder(settings, prepared, resumed)
+    folder, changed = _run_folder(settings, prepared, resumed, allow_changed=allow_changed)
     arguments.output_dir, log.file = str(folder), folder / "metrics.jsonl"
     trainer.report_into(folder)
     run = Run(settings, arguments, prepared.data, trainer.model, prepared.base_sha256)
     main_process = arguments.process_index == 0
     say = _speaker(main_process=main_process)
     say("\n".join(introduction(run, folder)))
-    if main_process and resumed is None:
-        write_settings(folder, settings)
-        write_manifest(folder, **manifest_facts(run))
-    # PiSSA and OLoRA took their start out of the base; only with it is the base whole.
-    base_says = _says(run) if prepared.initial else None
-    before = _take_up(trainer, log, resumed) if resumed else _held_out_perplexity(trainer)
-    if resumed:
-        say(f"resumed   from {resumed}")
-    elif before is not None:
-        say(f"held out  perplexity {before:.2f} before training")
-    _train(trainer, resumed)
-    after = _held_out_perplexity(trainer)
-    if main_process:
-        start = Path(prepared.initial.name) if prepared.initial else None
-        probes = _probes(run, base_says)
-        save_adapter(trainer.model, folder / "adapter", receipt(run, folder, probes), initial=start)
-        plot_loss(log.file, folder / "loss.png", title=f"{settings.name} · {folder.name}")
-        _note_unchanged(trainer, log)
+    with faults_told(folder):
+        if main_process and (resumed is None or changed):
+            write_settings(folder, settings)
+        if main_process and resumed is None:
+            write_manifest(folder, **manifest_facts(run))
+        # PiSSA and OLoRA took their start out of the base; only with it is the base whole.
+        base_says = _says(run) if prepared.initial else None
+        before = _begin(trainer, log, resumed, changed, say)
+        if rehearse:
+            fresh = folder if resumed is None and main_process else None
+            trainer.add_callback(Rehearse(partial(rehearse, trainer, prepared.data, say), fresh))
+        with prepared.stop.listening():
+            _train(trainer, resumed)
+            after = _held_out_perplexity(trainer)
+            if main_process:
+                _note_unchanged(trainer, log)
+                _save(run, folder, base_says, prepared.initial)
+                plot_loss(log.file, folder / "loss.png", title=f"{settings.name} · {folder.name}")
     seconds = time.perf_counter() - started
     say("\n".join(conclusion(run, log, folder, before=before, after=after, seconds=seconds)))
     return folder
@@ -120,12 +137,12 @@ def check(settings: Settings) -> None:
     prepared = _prepare(settings.model_copy(update={"training": silent}), ())
     arguments, trainer, data = prepared.arguments, prepared.trainer, prepared.data
     if resumed:
-        _check_same_run(settings, prepared, resumed.parent)
+        _check_same_run(settings, prepared, resumed.folder.parent, allow_changed=False)
     say = _speaker(main_process=arguments.process_index == 0)
     run = Run(settings, arguments, data, trainer.model, prepared.base_sha256)
     say("\n".join(introduction(run, None)))
     if resumed:
-        say(f"resume    from {resumed}, which is whole")
+        say(f"resume    from {resumed.folder}, which is whole")
     else:
         prepared.log.file = Path(os.devnull)
         before = _held_out_perplexity(trainer)
@@ -154,8 +171,8 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
     initial = save_initial(model)
     head = OutputHead(model, autocast=autocast_dtype(arguments))
     loss = TokenLoss(head.nll)
-    log = RunLog(loss, peak_memory=peak_memory)
-    callbacks = [log, SealCheckpoints(log), *watchers]
+    log, stop = RunLog(loss, peak_memory=peak_memory), StopOnSignal()
+    callbacks = [log, stop, *watchers]
     trainer = build_trainer(
         model,
         arguments,
@@ -166,7 +183,9 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
         head=head,
         share_openings=share_openings(settings),
     )
-    return _Prepared(arguments, data, trainer, log, base_sha256, initial)
+    if not settings.training.get("resume_from_checkpoint"):
+        check_space(arguments, model, planned_folder(settings), rows=len(data.train.rows))
+    return _Prepared(arguments, data, trainer, log, stop, base_sha256, initial)
 
 
 def _speaker(*, main_process: bool) -> Callable[[str], None]:
@@ -177,55 +196,96 @@ def _speaker(*, main_process: bool) -> Callable[[str], None]:
     return say
 
 
-def _checkpoint(settings: Settings) -> Path | None:
+def _checkpoint(settings: Settings) -> Checkpoint | None:
     asked = settings.training.get("resume_from_checkpoint")
     best = bool(settings.training.get("load_best_model_at_end"))
     return find_checkpoint(asked, best_needed=best) if asked else None
 
 
-def _run_folder(settings: Settings, prepared: _Prepared, resumed: Path | None) -> Path:
+def _run_folder(
+    settings: Settings, prepared: _Prepared, resumed: Checkpoint | None, *, allow_changed: bool
+) -> tuple[Path, list[str]]:
+    """Where the run is, and what is allowed to differ from how it began."""
     if resumed is None:
-        return make_run_folder(settings)
-    _check_same_run(settings, prepared, resumed.parent)
-    return resumed.parent
+        return make_run_folder(settings), []
+    run = resumed.folder.parent
+    changed = _check_same_run(settings, prepared, run, allow_changed=allow_changed)
+    if prepared.arguments.process_index == 0:
+        remove_unfinished(run)
+    return run, changed
 
 
-def _check_same_run(settings: Settings, prepared: _Prepared, run: Path) -> None:
+def _check_same_run(
+    settings: Settings, prepared: _Prepared, run: Path, *, allow_changed: bool
+) -> list[str]:
     now = Beginning(
         prepared.data.tokens_sha256,
         prepared.base_sha256,
         share_openings(settings),
         prepared.arguments.world_size,
     )
-    check_same_run(settings, run, now)
+    return check_same_run(settings, run, now, allow_changed=allow_changed)
 
 
-def _take_up(trainer: TokenWeightedTrainer, log: RunLog, resumed: Path) -> float | None:
-    """Let the log go on where the checkpoint was written; return the perplexity before step 1."""
+def _begin(
+    trainer: TokenWeightedTrainer,
+    log: RunLog,
+    resumed: Checkpoint | None,
+    changed: Sequence[str],
+    say: Callable[[str], None],
+) -> float | None:
+    """Say where the run begins; return the held-out perplexity before step 1."""
+    if resumed is None:
+        before = _held_out_perplexity(trainer)
+        if before is not None:
+            say(f"held out  perplexity {before:.2f} before training")
+        return before
+    for line in resumed.left_out:
+        say(f"left out  {line}")
+    say(f"resumed   from {resumed.folder}")
+    for line in changed:
+        say(f"changed   {line}")
+    return _take_up(trainer, log, resumed.folder)
+
+
+def _take_up(trainer: TokenWeightedTrainer, log: RunLog, checkpoint: Path) -> float | None:
+    """Let the log go on where the checkpoint was written."""
     try:
-        state = json.loads((resumed / LOG_STATE).read_text())
+        state = json.loads((checkpoint / LOG_STATE).read_text())
         log.resume(state, main_process=trainer.args.process_index == 0)
+        trainer.add_callback(GoOnLogging(trainer, state["open_loss"], state["logged_step"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError.single(
             "training.resume_from_checkpoint",
-            f"{resumed / LOG_STATE} is not what a run of this version writes. Start anew.",
+            f"{checkpoint / LOG_STATE} is not what a run of this version writes. Start anew.",
         ) from error
     return log.first_perplexity
 
 
-def _train(trainer: TokenWeightedTrainer, resumed: Path | None) -> None:
+def _train(trainer: TokenWeightedTrainer, resumed: Checkpoint | None) -> None:
     if resumed is None:
         trainer.train()
         return
-    state = TrainerState.load_from_json(str(resumed / "trainer_state.json"))
-    if state.global_step < state.max_steps:
-        trainer.train(resume_from_checkpoint=str(resumed))
+    state = TrainerState.load_from_json(str(resumed.folder / "trainer_state.json"))
+    if state.global_step < planned_steps(trainer.args, len(trainer.train_dataset)):
+        trainer.train(resume_from_checkpoint=str(resumed.folder))
         return
     # Stopped behind the last step: with max_steps the Trainer would take one more.
     trainer.state = state
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    weights = load_file(Path(best or resumed) / "adapter_model.safetensors")
+    weights = load_file(Path(best or resumed.folder) / "adapter_model.safetensors")
     set_peft_model_state_dict(trainer.model, weights)
+
+
+def _save(
+    run: Run,
+    folder: Path,
+    base_says: torch.Tensor | None,
+    initial: tempfile.TemporaryDirectory[str] | None,
+) -> None:
+    start = Path(initial.name) if initial else None
+    proof = receipt(run, folder, _probes(run, base_says))
+    save_adapter(run.model, folder / "adapter", proof, initial=start)
 
 
 def _says(run: Run) -> torch.Tensor:

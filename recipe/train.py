@@ -7,7 +7,8 @@
     python recipe/train.py --config starter.yaml --check
 
 Overrides are section.key=value, the value written as in YAML. The run's folder is a fresh
-runs/<config>-001, -002…; its settings.yaml given to --config repeats the run beside it.
+runs/<config>-001, -002…; its settings.yaml given to --config repeats the run beside it, and goes on
+with it when training.resume_from_checkpoint names the run.
 """
 
 import argparse
@@ -35,6 +36,16 @@ def main(arguments: list[str] | None = None) -> None:
     stops.add_argument(
         "--check", action="store_true", help="do everything up to the first step, then stop"
     )
+    parser.add_argument(
+        "--no-rehearsal",
+        action="store_true",
+        help="do not try the longest micro-batch, a save and a generation before step 1",
+    )
+    parser.add_argument(
+        "--allow-changed",
+        action="store_true",
+        help="with training.resume_from_checkpoint: go on with other settings or rows",
+    )
     args = parser.parse_args(arguments)
     if args.show_data is not None and args.show_data < 1:
         raise UserError.single("--show-data", f"{args.show_data} is below 1. Ask for 1 or more.")
@@ -49,7 +60,10 @@ def main(arguments: list[str] | None = None) -> None:
         show_data(settings, args.show_data)
         return
     from recipe.finetune import check, finetune
+    from recipe.rehearsal import rehearse
+    from recipe.training.signals import follow_launcher
 
+    follow_launcher()
     # What the imports made stays; the Trainer's collections need not walk through it each time.
     gc.collect()
     gc.freeze()
@@ -61,7 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.check:
         check(settings)
         return
-    run = finetune(settings)
+    run = finetune(
+        settings,
+        rehearse=None if args.no_rehearsal else rehearse,
+        allow_changed=args.allow_changed,
+    )
     if publishes:
         publish_run(run, settings.hub)
 

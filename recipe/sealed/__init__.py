@@ -1,5 +1,5 @@
 """Folders that are whole or absent."""
 
-from recipe.sealed.folder import SEAL, damage, seal, whole_folder
+from recipe.sealed.folder import SEAL, damage, remove_unfinished, seal, whole_folder
 
-__all__ = ["SEAL", "damage", "seal", "whole_folder"]
+__all__ = ["SEAL", "damage", "remove_unfinished", "seal", "whole_folder"]

@@ -13,32 +13,63 @@ from pathlib import Path, PurePosixPath
 
 SEAL = "sha256.json"
 _CHUNK_BYTES = 1 << 20
+_PARTIAL = ".partial"
+_REPLACED = ".replaced"
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(
+    path: Path, *, replace: bool = False, staged: Path | None = None
+) -> Iterator[Path]:
     """Yield an empty folder beside ``path``; when the block ends well, seal it and rename it.
 
     On any exception (Ctrl-C too) the staged folder is removed and ``path`` stays as it was.
 
+    Args:
+        replace: put it in the place of what is there.
+        staged: where it is written, beside ``path``, if others must know it.
+
     Raises:
-        FileExistsError: ``path`` is there already; nothing is ever overwritten.
+        FileExistsError: ``path`` is there already and is not to be replaced.
     """
-    if path.exists():
+    if path.exists() and not replace:
         raise FileExistsError(f"{path} exists already")
     path.parent.mkdir(parents=True, exist_ok=True)
     # The same parent, so the rename never crosses a file system.
-    staged = path.parent / f".{path.name}.partial-{os.getpid()}"
+    staged = staged or path.parent / f".{path.name}{_PARTIAL}-{os.getpid()}"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
         yield staged
         seal(staged)
-        staged.rename(path)
+        _put(staged, path)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
     _flush(path.parent)
+
+
+def _put(staged: Path, path: Path) -> None:
+    if not path.exists():
+        staged.rename(path)
+        return
+    old = path.parent / f".{path.name}{_REPLACED}"
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    staged.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Take away what ``whole_folder`` left in ``parent`` when its process was killed; no other may
+    be writing there.
+    """
+    for kind in (_PARTIAL, _REPLACED):
+        for left in parent.glob(f".*{kind}*"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def seal(folder: Path) -> None:

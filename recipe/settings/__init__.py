@@ -9,7 +9,7 @@ from recipe.settings.lab import load_lab
 from recipe.settings.load import find_config, load_settings
 from recipe.settings.option import Absent, Option
 from recipe.settings.outputs import file_objection, folder_objection
-from recipe.settings.problem import Problem, RunFailed, UserError
+from recipe.settings.problem import Problem, RunFailed, Stopped, UserError
 from recipe.settings.row_range import row_range
 from recipe.settings.schema import (
     DataSettings,
@@ -35,6 +35,7 @@ __all__ = [
     "Problem",
     "RunFailed",
     "Settings",
+    "Stopped",
     "UserError",
     "dump",
     "file_objection",

@@ -50,3 +50,13 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """It ran, and the answer is no. Commands print the message and exit with 3."""
+
+
+class Stopped(Exception):
+    """A signal ended it, and what was earned is saved. Commands print the message and exit with 128
+    and the signal's number.
+    """
+
+    def __init__(self, message: str, *, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(message)

@@ -49,6 +49,17 @@ def broken(model: PeftModel, folder: Path, *, converted: bool) -> list[str]:
     Args:
         converted: PiSSA and OLoRA are saved with twice the rank, so values are not compared.
     """
+    problems = unlike(model, folder, converted=converted)
+    for line in without_effect(read_tensors(folder)):
+        problems.append(
+            f"{line}. Was the learning rate 0 in every step, as in a run shorter than "
+            "training.warmup_steps?"
+        )
+    return sorted(problems)
+
+
+def unlike(model: PeftModel, folder: Path, *, converted: bool = False) -> list[str]:
+    """Say how the files in ``folder`` differ from ``model``'s adapter, or are not finite."""
     PeftConfig.from_pretrained(str(folder))
     saved = read_tensors(folder)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -61,12 +72,7 @@ def broken(model: PeftModel, folder: Path, *, converted: bool) -> list[str]:
             for name in sorted(saved.keys() & expected.keys())
             if not _same(saved[name], expected[name].cpu())
         ]
-    for line in without_effect(saved):
-        problems.append(
-            f"{line}. Was the learning rate 0 in every step, as in a run shorter than "
-            "training.warmup_steps?"
-        )
-    return sorted(problems)
+    return problems
 
 
 def _same(saved: torch.Tensor, trained: torch.Tensor) -> bool:

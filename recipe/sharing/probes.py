@@ -79,7 +79,7 @@ def next_token_logits(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor
     """
     # Below PeftModel, whose forward a Trainer wraps in autocast; generation knows none.
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.no_grad(), _as_generation_sees(plain):
+    with torch.no_grad(), as_generation_sees(plain):
         logits = [
             plain(
                 torch.tensor([list(row)], device=plain.device), use_cache=False, logits_to_keep=1
@@ -90,7 +90,7 @@ def next_token_logits(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor
 
 
 @contextmanager
-def _as_generation_sees(model: Any) -> Iterator[None]:
+def as_generation_sees(model: Any) -> Iterator[None]:
     """Evaluation mode, the library's attention, and modules that were trained whole in the dtype
     of the base: mixed precision keeps them in float32, and a later load does not.
     """

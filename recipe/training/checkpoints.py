@@ -1,89 +1,107 @@
-"""Checkpoints carry their seal, and a run continues only from a whole one of the same run."""
+"""Checkpoints: how they are written, and which one a run continues from.
 
-import json
+Each is a sealed folder: written beside its place, flushed and renamed, so that a kill or a full
+disk at any instant leaves the older ones as they are. transformers' own are written in place, and
+its resume takes the newest whatever is in it (github.com/huggingface/transformers/issues/35525).
+"""
+
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-import yaml
 from torch.serialization import get_unsafe_globals_in_checkpoint
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from recipe.sealed import damage, seal
-from recipe.settings import Problem, Settings, UserError, dump
-from recipe.training.run_log import RunLog
+from recipe.sealed import damage
+from recipe.settings import Problem, UserError
 
 LOG_STATE = "run_log.json"
+_WHERE = "training.resume_from_checkpoint"
 _TRAINER_STATE = "trainer_state.json"
 _ADAPTER = "adapter_model.safetensors"
 _NEEDED = (_ADAPTER, "adapter_config.json", "optimizer.pt", "scheduler.pt", LOG_STATE)
+_NUMBERED = re.compile(r"checkpoint-(\d+)")
 _PICKLES = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")
 _STATES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".safetensors"}
 # Written by the Trainer, read by nothing: it is a pickle that torch would have to run.
 _NEVER_READ = "training_args.bin"
 # What a JSON or YAML document of the wrong shape raises when a key is looked up in it.
-_OF_ANOTHER_SHAPE = (AttributeError, KeyError, TypeError)
+OF_ANOTHER_SHAPE = (AttributeError, KeyError, TypeError)
 
 
-class SealCheckpoints(TrainerCallback):
-    """Adds the log's sums to each checkpoint that the Trainer wrote, and seals it."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole one, and for each newer one of its run why it was left out."""
 
-    def __init__(self, log: RunLog) -> None:
-        self._log = log
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        log_state = self._log.state(args, state)  # on every process: it adds their sums
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()  # the others write their random states into the same folder
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            (folder / LOG_STATE).write_text(json.dumps(log_state))
-            seal(folder)
+    folder: Path
+    left_out: list[str]
 
 
-def find_checkpoint(asked: str, *, best_needed: bool = False) -> Path:
-    """The checkpoint that ``training.resume_from_checkpoint`` names: itself, or a run's newest.
+def checkpoints(run: Path) -> list[Path]:
+    """Those of a run, whole or not, the newest first."""
+    if not os.path.isdir(run):  # noqa: PTH112 - Path's own raises where a name is too long
+        return []
+    found = [path for path in run.glob("checkpoint-*") if _NUMBERED.fullmatch(path.name)]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
+def find_checkpoint(asked: str, *, best_needed: bool = False) -> Checkpoint:
+    """The checkpoint that ``training.resume_from_checkpoint`` names: itself, or a run's newest that
+    is whole.
 
     Args:
         best_needed: the run will end with its best checkpoint, so that one must be there too; the
             Trainer would take the last instead.
 
     Raises:
-        UserError: there is none, a file of it is missing or changed since it was written, or the
-            Trainer would read something that this recipe did not write.
+        UserError: there is none; of the one that was named, or of all, a file is missing or changed
+            since it was written, or the Trainer would read something that this recipe did not
+            write.
     """
-    where = "training.resume_from_checkpoint"
     folder = Path(asked)
-    # os.path, because Path's own raise where a name is too long for any file system.
-    if not os.path.isfile(folder / _TRAINER_STATE):  # noqa: PTH113
-        numbers = [
-            int(path.name.removeprefix("checkpoint-"))
-            for path in (folder.glob("checkpoint-*") if os.path.isdir(folder) else ())  # noqa: PTH112
-            if path.name.removeprefix("checkpoint-").isdecimal()
-        ]
-        if not numbers:
-            raise UserError.single(
-                where, f"{asked} is no checkpoint and no run that holds one. Correct the path."
-            )
-        folder = folder / f"checkpoint-{max(numbers)}"
-    if (folder.parent / "adapter").exists():
+    named = bool(_NUMBERED.fullmatch(folder.name)) or os.path.isfile(folder / _TRAINER_STATE)  # noqa: PTH113
+    run = folder.parent if named else folder
+    if os.path.isdir(run / "adapter"):  # noqa: PTH112
         raise UserError.single(
-            where, f"{folder.parent} is finished: its adapter is there. Start a new run instead."
+            _WHERE, f"{run} is finished: its adapter is there. Start a new run instead."
         )
-    # The seal is proof against accidents, and anyone can write a new one.
-    problems = damage(folder) or _strange(folder, best_needed=best_needed)
-    if problems:
-        remedy = "Name an older checkpoint, or start anew."
-        raise UserError([Problem(where, f"{problem}. {remedy}") for problem in problems])
-    return folder
+    candidates = [folder] if named and os.path.isdir(folder) else checkpoints(run)  # noqa: PTH112
+    if not candidates or (named and candidates != [folder]):
+        raise UserError.single(_WHERE, _nothing_there(asked, run))
+    problems: list[str] = []
+    for candidate in candidates:
+        # The seal is proof against accidents, and anyone can write a new one.
+        found = damage(candidate) or _strange(candidate, best_needed=best_needed)
+        if not found:
+            return Checkpoint(candidate, problems)
+        problems += found
+    whole = _newest_whole(run, best_needed=best_needed) if named else None
+    remedy = f"Name {whole}, which is whole." if whole else "Start anew."
+    raise UserError([Problem(_WHERE, f"{problem}. {remedy}") for problem in problems])
+
+
+def _nothing_there(asked: str, run: Path) -> str:
+    settings = run / "settings.yaml"
+    if os.path.isfile(settings) and not checkpoints(run):  # noqa: PTH113
+        return (
+            f"{run} was stopped before it saved a checkpoint. Start it anew: python "
+            f"recipe/train.py --config {settings}"
+        )
+    return f"{asked} is no checkpoint and no run that holds one. Correct the path."
+
+
+def _newest_whole(run: Path, *, best_needed: bool) -> Path | None:
+    return next(
+        (
+            folder
+            for folder in checkpoints(run)
+            if not damage(folder) and not _strange(folder, best_needed=best_needed)
+        ),
+        None,
+    )
 
 
 def _strange(folder: Path, *, best_needed: bool) -> list[str]:
@@ -120,7 +138,7 @@ def _unlike_a_state(folder: Path, *, best_needed: bool) -> list[str]:
         best = Path(state.best_model_checkpoint or folder)
         there = best.exists()
         foreign = there and best.resolve().parent != folder.resolve().parent
-    except (OSError, ValueError, RecursionError, *_OF_ANOTHER_SHAPE):
+    except (OSError, ValueError, RecursionError, *OF_ANOTHER_SHAPE):
         return [f"{file}: no state of a Trainer"]
     if not whole:
         return [f"{file}: step {state.global_step} of {state.max_steps}"]
@@ -129,104 +147,3 @@ def _unlike_a_state(folder: Path, *, best_needed: bool) -> list[str]:
     if best_needed and not there:
         return [f"{file}: names {best} as the best checkpoint, which is not there"]
     return []
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """What a run began with, settings aside.
-
-    ``base_sha256`` is explained in ``recipe.model.fingerprint``; ``share_openings`` is what
-    ``data.share_openings`` comes to, and None for runs from before it was written down.
-    """
-
-    tokens_sha256: str
-    base_sha256: str
-    share_openings: bool | None
-    processes: int
-
-
-def check_same_run(settings: Settings, run: Path, now: Beginning) -> None:
-    """A run continues with the settings, the data and the base it began with, or not at all.
-
-    Raises:
-        UserError: naming each difference.
-    """
-    began, beginning = _began(run)
-    asked = _flat(yaml.safe_load(dump(settings)))
-    problems = [
-        Problem(
-            key, f"is {asked.get(key)!r}, but {run} began with {began.get(key)!r}. Change it back."
-        )
-        for key in sorted(began.keys() | asked.keys())
-        # Where the adapter goes in the end changes nothing of it.
-        if began.get(key) != asked.get(key) and key != "name" and not key.startswith("hub.")
-    ]
-    problems += _changed(run, beginning, now)
-    output_dir = settings.training.get("output_dir")
-    if output_dir and Path(output_dir).resolve() != run.resolve():
-        problems.append(
-            Problem(
-                "training.output_dir", f"is {output_dir}, but {run} is continued. Leave it out."
-            )
-        )
-    if problems:
-        raise UserError(problems)
-
-
-def _changed(run: Path, began: Beginning, now: Beginning) -> list[Problem]:
-    said = {
-        "tokens_sha256": Problem(
-            "data.path",
-            f"its rows changed since {run} began, or the tokenizer's template did. Bring the old "
-            "files back.",
-        ),
-        "base_sha256": Problem(
-            "model.name_or_path",
-            f"its weights are others than {run} began with. Bring the old ones back; for a hub id, "
-            "name their model.revision.",
-        ),
-        "share_openings": Problem(
-            "data.share_openings",
-            f"comes to {now.share_openings}, but to {began.share_openings} when {run} began. "
-            f"Set it to {str(began.share_openings).lower()}.",
-        )
-        if began.share_openings is not None
-        else Problem(
-            "training.resume_from_checkpoint",
-            f"{run} began with a version that drew other dropout masks. Continue it with that "
-            "version, or start anew.",
-        ),
-        "processes": Problem(
-            "accelerate launch",
-            f"{now.processes} processes, but {run} began with {began.processes}, and each has its "
-            "own random state. Start as many.",
-        ),
-    }
-    return [problem for name, problem in said.items() if getattr(began, name) != getattr(now, name)]
-
-
-def _began(run: Path) -> tuple[dict[str, Any], Beginning]:
-    """The settings of ``run``, flat, and what else it wrote at its start."""
-    try:
-        settings = _flat(yaml.safe_load((run / "settings.yaml").read_text()))
-        manifest = json.loads((run / "manifest.json").read_text())
-        return settings, Beginning(
-            manifest["data"]["tokens_sha256"],
-            manifest["base_sha256"],
-            manifest["data"].get("share_openings"),
-            manifest["processes"],
-        )
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, *_OF_ANOTHER_SHAPE) as error:
-        raise UserError.single(
-            "training.resume_from_checkpoint",
-            f"settings.yaml and manifest.json of {run} do not say how it began "
-            f"({type(error).__name__}). Bring them back, or start anew.",
-        ) from error
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat

@@ -71,6 +71,11 @@ def make_run_folder(settings: Settings) -> Path:
     return Path(made[0])
 
 
+def planned_folder(settings: Settings) -> Path:
+    """The run's folder, or one beside it; nothing is made."""
+    return Path(settings.training.get("output_dir") or Path("runs") / settings.name)
+
+
 def _make(settings: Settings) -> Path:
     check_output_dir(settings)
     asked = settings.training.get("output_dir")
@@ -90,7 +95,7 @@ def _make(settings: Settings) -> Path:
 
 def write_settings(folder: Path, settings: Settings) -> None:
     """``settings.yaml``: give it to ``--config`` and the run is repeated beside itself."""
-    (folder / "settings.yaml").write_text(dump(settings))
+    _replace(folder / "settings.yaml", dump(settings))
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
@@ -104,7 +109,14 @@ def write_manifest(folder: Path, **facts: Any) -> None:
         "processes": world_size(),
         **facts,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    _replace(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
+    """Whole or as it was: a run whose settings are half written could not be continued."""
+    staged = file.with_name(f".{file.name}.partial")
+    staged.write_text(text)
+    staged.replace(file)
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class RunLog(TrainerCallback):
         self.first_perplexity: float | None = None
         self.first: dict[str, float] = {}  # what later steps are compared with
         self._noted: set[str] = set()
+        self._records = 0
         self._loss = loss
         self._peak_memory = peak_memory
         self._bar: tqdm[Any] | None = None
@@ -155,6 +157,8 @@ class RunLog(TrainerCallback):
             "first": self.first,
             "computed_tokens": self.computed_tokens,
             "shared_tokens": self.shared_tokens,
+            "records": self._records,
+            "ended": state.global_step >= state.max_steps,
             "open_epoch": {
                 **dict(zip(("nll", "tokens"), self._loss.totals(args.device), strict=True)),
                 "seconds": self._epoch_seconds(),
@@ -162,7 +166,7 @@ class RunLog(TrainerCallback):
         }
 
     def resume(self, state: dict[str, Any], *, main_process: bool) -> None:
-        """Take up ``state``, and forget what was logged later: those steps are run again."""
+        """Take up ``state``, and forget what was logged later: that is run again."""
         for name in (
             "epoch_losses",
             "trained_tokens",
@@ -174,23 +178,25 @@ class RunLog(TrainerCallback):
             "shared_tokens",
         ):
             setattr(self, name, state[name])
-        step, epoch, open_epoch = state["step"], state["epoch"], state["open_epoch"]
-        records = []
+        epoch, open_epoch = state["epoch"], state["open_epoch"]
         if main_process:
-            records = [r for r in read_metrics(self.file) if r["step"] <= step]
-            self.file.write_text("".join(json.dumps(r) + "\n" for r in records))
+            records = read_metrics(self.file)[: state["records"]]
+            # A kill must not take what is kept.
+            whole = self.file.with_name(f".{self.file.name}.partial")
+            whole.write_text("".join(json.dumps(r) + "\n" for r in records))
+            whole.replace(self.file)
+            self._records = len(records)
             self._noted = {r["note"] for r in records if "note" in r}
-        if epoch != round(epoch):
+        if not open_epoch["tokens"]:  # saved behind the end of the epoch, which is in the log
+            return
+        if epoch != round(epoch) and not state["ended"]:
             self._open_seconds = open_epoch["seconds"]
             if main_process:
                 self._loss.restore(open_epoch["nll"], open_epoch["tokens"])
             return
-        if not open_epoch["tokens"]:  # saved behind the end of the epoch, which is in the log
-            return
-        # Saved behind the last step of an epoch: the Trainer begins the next and ends this no more.
-        record = self._close_epoch(step=step, epoch=epoch, **open_epoch)
-        closed = any(r["step"] == step and "epoch_loss" in r for r in records)
-        if main_process and not closed:
+        # The best, saved at the last step of an epoch: the Trainer begins the next one.
+        record = self._close_epoch(step=state["step"], epoch=epoch, **open_epoch)
+        if main_process:
             self._write(record)
 
     def tokens(self, device: torch.device) -> tuple[int, int]:
@@ -244,9 +250,15 @@ class RunLog(TrainerCallback):
             "skipped_steps": self.skipped_steps,
         }
 
+    def flush(self) -> None:
+        """Bring all records to the disk."""
+        with self.file.open("a") as stream:
+            os.fsync(stream.fileno())
+
     def _write(self, record: dict[str, Any]) -> None:
         with self.file.open("a") as stream:
             stream.write(json.dumps(record, allow_nan=False) + "\n")
+        self._records += 1
 
     def _stop_unless_finite(self, record: dict[str, Any], step: int) -> None:
         for name, value in record.items():

@@ -5,53 +5,36 @@ The stock evaluation averages the means of its batches, so eval_loss and the per
 change with per_device_eval_batch_size. The stock training goes on with NaN, and saves it.
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
-from recipe.settings import UserError
-from recipe.training.finite import FiniteSteps, NotFinite
+from recipe.sealed import whole_folder
+from recipe.training.checkpoints import LOG_STATE
+from recipe.training.faults import how_to_continue, out_of_memory
+from recipe.training.finite import FiniteSteps, NotFinite, in_words
 from recipe.training.head import OutputHead
-from recipe.training.loss import TokenLoss, count_trained, sum_over_processes
+from recipe.training.loss import count_trained, distributed, sum_over_processes
 from recipe.training.run_log import RunLog
+from recipe.training.signals import quiet_worker
 
 _UNCHANGED = 1e-6  # relative; float32 rounds at 1e-7
-
-
-class FrozenInputs(TrainerCallback):
-    """No gradient flows below the lowest adapted layer.
-
-    For reentrant checkpointing, which is refused here, transformers lets the embedding's output
-    require one: with lora.layers_to_transform all layers below would be recomputed for nothing.
-    """
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PeftModel = None,
-        **_: Any,
-    ) -> None:
-        model.get_base_model().disable_input_require_grads()
 
 
 class TokenWeightedTrainer(Trainer):
@@ -72,8 +55,37 @@ class TokenWeightedTrainer(Trainer):
         self._finite.micro_batches.append(inputs.pop("row_indices"))
         self._log.computed_tokens += sum(inputs["row_lengths"])
         self._log.shared_tokens += sum(inputs["openings"])
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        tokens = sum(inputs["row_lengths"])
+        with self._memory_told(self._finite.micro_batches[-1], tokens):
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    @contextmanager
+    def _memory_told(
+        self, rows: list[int], tokens: int, *, evaluating: bool = False
+    ) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            remedy = "Lower training.per_device_eval_batch_size" if evaluating else self._smaller()
+            step, then = self.state.global_step, how_to_continue(Path(self.args.output_dir))
+            self._log.stop(
+                f"out of memory with {tokens:,} tokens at a time ({in_words(rows)}), after step "
+                f"{step} of {self.state.max_steps}. {remedy}." + (f" Then: {then}" if step else "")
+            )
+
+    def _smaller(self) -> str:
+        batch, ways = self.args.per_device_train_batch_size, ["set a lower data.max_length"]
+        if not self.args.activation_checkpointing:
+            ways.append("set training.gradient_checkpointing=true")
+        if batch > 1:
+            ways.append(
+                f"halve training.per_device_train_batch_size (now {batch}) and double "
+                "training.gradient_accumulation_steps, which trains the same"
+            )
+        return "Either of these: " + "; ".join(reversed(ways))
 
     def compute_loss(self, *args: Any, **named: Any) -> Any:
         with self._head.apart():
@@ -84,6 +96,93 @@ class TokenWeightedTrainer(Trainer):
         norm: torch.Tensor = super()._get_grad_norm(*args, **named)
         self._finite.grad_norm = norm
         return norm
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """The stock one writes in place, removes older ones first thing, and seals nothing."""
+        self.store_flos()
+        run = Path(self.args.output_dir)
+        folder = run / f"checkpoint-{self.state.global_step}"
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == folder or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+        staged = run / f".{folder.name}.partial"  # all processes write into it
+        if not self.args.should_save:
+            self.write_states(staged)
+            return
+        with whole_folder(folder, replace=True, staged=staged):
+            self.write_states(staged)
+        rotate_checkpoints(
+            output_dir=str(run),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def write_states(self, staged: Path) -> None:
+        """All that a checkpoint holds; every process writes into the one folder."""
+        log_state = self._log.state(self.args, self.state)  # on every process: it adds their sums
+        open_loss = nested_gather(self._tr_loss, self.args.parallel_mode).reshape(-1).tolist()
+        log_state |= {"open_loss": open_loss, "logged_step": self._globalstep_last_logged}
+        if distributed():
+            dist.barrier()  # the folder is there
+        self.save_model(str(staged), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(staged))
+        self._save_scaler(str(staged))
+        self._save_rng_state(str(staged))
+        if self.args.should_save:
+            self._keep_callbacks()
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+            (staged / LOG_STATE).write_text(json.dumps(log_state))
+            self._log.flush()
+        if distributed():
+            dist.barrier()  # every random state is in it
+
+    def _keep_callbacks(self) -> None:
+        """The states that callbacks such as early stopping go on with."""
+        every = [*self.callback_handler.callbacks, self.control]
+        for callback in (one for one in every if isinstance(one, ExportableState)):
+            name, kept = type(callback).__name__, self.state.stateful_callbacks
+            if isinstance(kept[name], list):
+                kept[name].append(callback.state())
+            else:
+                kept[name] = callback.state()
+
+    def longest_micro_batch(self) -> list[TokenizedRow]:
+        """That of this process which has the most tokens, in the order of all epochs."""
+        loader, lengths = self.callback_handler.train_dataloader, list(map(len, self.train_dataset))
+        left = self.state.max_steps * self.args.gradient_accumulation_steps
+        longest: list[int] = []
+        for epoch in range(self.state.num_train_epochs):
+            loader.set_epoch(epoch)
+            batches = [list(indices) for indices in islice(loader.batch_sampler, left)]
+            longest = max([longest, *batches], key=lambda rows: sum(lengths[i] for i in rows))
+            left -= len(batches)
+            if left <= 0:
+                break
+        return [self.train_dataset[index] for index in longest]
+
+    def rehearse_step(self, rows: Sequence[TokenizedRow]) -> int:
+        """Forward and backward of ``rows``, counted nowhere; return the tokens of the batch."""
+        inputs = self._prepare_inputs(self.data_collator(rows))
+        labels, indices = inputs.pop("labels"), inputs.pop("row_indices")
+        tokens: int = sum(inputs["row_lengths"])
+        self.model_wrapped.train()
+        with self._memory_told(indices, tokens), self._head.apart():
+            with self.compute_loss_context_manager():
+                nll = self._head.nll(self.model_wrapped(**inputs).logits[0], labels)
+            torch.autograd.backward(nll.sum() / count_trained(labels))
+        return tokens
+
+    def rehearse_evaluation(self) -> None:
+        """The batch of held-out rows that has the most tokens."""
+        rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        inputs = self._prepare_inputs(
+            self.data_collator(max(batches, key=lambda batch: sum(map(len, batch))))
+        )
+        labels, indices = inputs.pop("labels"), inputs.pop("row_indices")
+        self.model.eval()
+        self._nll(inputs, labels, indices)
 
     def report_into(self, folder: Path) -> None:
         """TensorBoard's place, which it would take only when training begins: what is evaluated
@@ -112,6 +211,12 @@ class TokenWeightedTrainer(Trainer):
                 module.training = mode
         return bool((tuned - base).norm() <= _UNCHANGED * base.norm())
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        if self.args.dataloader_num_workers:
+            loader.worker_init_fn = partial(quiet_worker, loader.worker_init_fn)
+        return loader
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         share = rows[self.args.process_index :: self.args.world_size]
@@ -138,7 +243,7 @@ class TokenWeightedTrainer(Trainer):
         for batch in dataloader:
             inputs = self._prepare_inputs(batch)
             labels, rows = inputs.pop("labels"), inputs.pop("row_indices")
-            sums.append(self._nll(inputs, labels).sum().item())
+            sums.append(self._nll(inputs, labels, rows).sum().item())
             tokens += int(count_trained(labels))
             if not math.isfinite(sums[-1]):
                 not_finite.append((sums[-1], rows))
@@ -154,9 +259,10 @@ class TokenWeightedTrainer(Trainer):
             predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset)
         )
 
-    def _nll(self, inputs: dict[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    def _nll(self, inputs: dict[str, Any], labels: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """float32 (K,) of one batch; see ``token_nll``."""
-        with torch.no_grad(), self._head.apart():
+        tokens = sum(inputs["row_lengths"])
+        with torch.no_grad(), self._memory_told(rows, tokens, evaluating=True), self._head.apart():
             return self._head.nll(self._logits(inputs), labels)
 
     def _logits(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -175,59 +281,3 @@ def perplexity(mean_nll: float) -> float:
         return math.exp(mean_nll)
     except OverflowError:
         return math.inf
-
-
-def build_trainer(
-    model: PeftModel,
-    arguments: TrainingArguments,
-    train: Sequence[TokenizedRow],
-    held_out: Sequence[TokenizedRow],
-    *,
-    callbacks: list[TrainerCallback],
-    loss: TokenLoss,
-    head: OutputHead,
-    share_openings: bool,
-) -> TokenWeightedTrainer:
-    """The Trainer over flattened batches; the model is moved to the device here.
-
-    Args:
-        callbacks: a ``RunLog`` among them, which says what ``FiniteSteps`` finds.
-        loss: of what ``head`` makes of the model's output.
-        share_openings: as ``flatten`` has it, for training and evaluation.
-
-    Raises:
-        UserError: no full batch where one is asked for, or the library refuses an optimizer, a
-            schedule or a reporter.
-    """
-    batch = arguments.per_device_train_batch_size * arguments.world_size
-    if arguments.dataloader_drop_last and len(train) < batch:
-        raise UserError.single(
-            "training.dataloader_drop_last",
-            f"{len(train)} rows do not fill one batch of {batch}. Leave it out.",
-        )
-    log = next(callback for callback in callbacks if isinstance(callback, RunLog))
-    finite = FiniteSteps(model, loss, log)
-    try:
-        trainer = TokenWeightedTrainer(
-            finite=finite,
-            log=log,
-            head=head,
-            model=model,
-            args=arguments,
-            data_collator=partial(flatten, share_openings=share_openings),
-            train_dataset=train,
-            eval_dataset=held_out or None,
-            compute_loss_func=loss,
-            callbacks=[FrozenInputs(), *callbacks, finite],
-        )
-        # Made once to see whether they can be; train() makes its own.
-        trainer.create_optimizer()
-        trainer.create_scheduler(num_training_steps=100, optimizer=trainer.optimizer)
-        trainer.optimizer = trainer.lr_scheduler = None
-    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError.single(
-            "training", f"transformers refuses it: {reason}. Correct the value or leave it out."
-        ) from error
-    trainer.remove_callback(PrinterCallback)  # it prints each record; ours go to metrics.jsonl
-    return trainer

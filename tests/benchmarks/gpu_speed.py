@@ -60,10 +60,10 @@ from recipe.model import attention  # noqa: E402
 from recipe.model.lora import add_lora  # noqa: E402
 from recipe.model.quantization import keep_layout  # noqa: E402
 from recipe.training.arguments import autocast_dtype  # noqa: E402
+from recipe.training.build import build_trainer  # noqa: E402
 from recipe.training.head import OutputHead  # noqa: E402
 from recipe.training.loss import TokenLoss  # noqa: E402
 from recipe.training.run_log import RunLog  # noqa: E402
-from recipe.training.trainer import build_trainer  # noqa: E402
 
 HOME = Path(__file__).parents[2]
 SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers"]

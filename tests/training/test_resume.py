@@ -4,11 +4,15 @@ import json
 import shutil
 
 import pytest
+import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from recipe.finetune import finetune
-from recipe.settings import UserError, load_settings
+from recipe.sealed import damage
+from recipe.settings import RunFailed, UserError, load_settings
+from recipe.training import trainer as trainer_module
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 TIMES = {"epoch_seconds", "trained_tokens_per_second", "peak_memory_bytes"}
@@ -62,6 +66,9 @@ def config(write_config):
         (5, []),
         (2, ["training.save_strategy=epoch"]),
         (3, ["training.logging_steps=500", "training.eval_strategy=no", "data.held_out=null"]),
+        (4, ["training.logging_steps=3", "training.save_steps=2"]),
+        (1, ["training.logging_strategy=epoch", "training.max_steps=5"]),
+        (3, ["training.eval_strategy=steps", "training.eval_steps=2", "training.save_steps=2"]),
     ],
 )
 def test_resumed_is_uninterrupted(write_config, config, tmp_path, step, overrides):
@@ -118,12 +125,84 @@ def flip_a_byte(checkpoint):
         (lambda c: (c / "sha256.json").unlink(), "nothing proves"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused(config, tmp_path, harm, message):
+def test_the_newest_whole_checkpoint_is_taken(config, tmp_path, capsys, harm, message):
+    whole = run(config, f"training.output_dir={tmp_path / 'whole'}")
+    stopped = tmp_path / "run"
     with pytest.raises(RuntimeError, match="power cut"):
         run(config, watchers=[StopAt(2)])
-    harm(tmp_path / "run/checkpoint-2")
-    with pytest.raises(UserError, match=message):
+    harm(stopped / "checkpoint-2")
+    with pytest.raises(UserError, match=f"{message}.*Name {stopped}/checkpoint-1, which is whole"):
+        run(config, f"training.resume_from_checkpoint={stopped / 'checkpoint-2'}")
+    capsys.readouterr()
+    resumed = run(config, f"training.resume_from_checkpoint={stopped}")
+    said = capsys.readouterr().out
+    assert f"left out  {stopped}/checkpoint-2" in said
+    assert message in said
+    assert f"resumed   from {stopped}/checkpoint-1\n" in said
+    assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert metrics(resumed) == metrics(whole)
+    # It was in the way of the new one.
+    assert damage(stopped / "checkpoint-2") == []
+
+
+def test_nothing_whole_is_refused(config, tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(2)])
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        flip_a_byte(checkpoint)
+    with pytest.raises(UserError, match="Start anew") as raised:
         run(config, f"training.resume_from_checkpoint={tmp_path / 'run'}")
+    assert len(raised.value.problems) == 2
+
+
+def test_a_run_that_saved_nothing_is_started_anew(config, tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(0)])
+    with pytest.raises(UserError, match=r"before it saved a checkpoint.*--config .*settings\.yaml"):
+        run(config, f"training.resume_from_checkpoint={tmp_path / 'run'}")
+
+
+def test_what_a_kill_left_behind_is_taken_away(config, tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(2)])
+    for left in (".checkpoint-3.partial", ".checkpoint-2.replaced", ".adapter.partial-123"):
+        (tmp_path / "run" / left).mkdir()
+    (tmp_path / "run/.metrics.jsonl.partial").write_text("{")
+    run(config, f"training.resume_from_checkpoint={tmp_path / 'run'}")
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_checkpoint_appears_whole(config, tmp_path, monkeypatch):
+    """A full disk in the middle of one leaves the older ones and no part of it."""
+    torch_save, calls = torch.save, []
+
+    def fail_at_the_second(value, file, *args, **named):
+        calls.append(file)
+        if "checkpoint-2" in str(file) and "rng_state" in str(file):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2")
+        torch_save(value, file, *args, **named)
+
+    monkeypatch.setattr(torch, "save", fail_at_the_second)
+    with pytest.raises(RunFailed) as raised:
+        run(config)
+    assert "could not be written to" in str(raised.value)
+    assert f"training.resume_from_checkpoint={tmp_path / 'run'}" in str(raised.value)
+    assert [p.name for p in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-1"]
+    assert damage(tmp_path / "run/checkpoint-1") == []
+
+
+def test_older_checkpoints_go_when_the_new_one_is_whole(config, tmp_path, monkeypatch):
+    def see(**named):
+        there = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
+        seen.append((there, [damage(tmp_path / "run" / name) for name in there]))
+        rotate(**named)
+
+    seen, rotate = [], trainer_module.rotate_checkpoints
+    monkeypatch.setattr(trainer_module, "rotate_checkpoints", see)
+    run(config, "training.save_total_limit=1")
+    assert [len(there) for there, _ in seen] == [1, 2, 2, 2, 2, 2]
+    assert all(problems == [[]] * len(problems) for _, problems in seen)
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 def test_another_run_is_not_continued(config, tmp_path, write_rows):
@@ -150,6 +229,44 @@ def test_another_run_is_not_continued(config, tmp_path, write_rows):
     file.write_text(file.read_text().replace("Apple", "Pear"))
     with pytest.raises(UserError, match="its rows changed"):
         run(config, resume)
+
+
+def test_other_settings_are_allowed_when_they_are_meant(config, tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(2)])
+    resume = f"training.resume_from_checkpoint={tmp_path / 'run'}"
+    longer = ["training.num_train_epochs=4", "training.save_steps=4"]
+    with pytest.raises(UserError, match="add --allow-changed"):
+        run(config, resume, *longer)
+    held = [
+        "training.learning_rate=0.5",
+        "lora.r=8",
+        "training.optim=sgd",
+        "training.weight_decay=0.3",
+        "training.seed=5",
+    ]
+    with pytest.raises(UserError) as raised:
+        finetune(load_settings(str(config), [resume, *longer, *held]), allow_changed=True)
+    assert {str(p).split(":")[0] for p in raised.value.problems} == {
+        one.split("=")[0] for one in held
+    }
+    capsys.readouterr()
+    folder = finetune(load_settings(str(config), [resume, *longer]), allow_changed=True)
+    assert "changed   training.num_train_epochs is 4, was 3\n" in capsys.readouterr().out
+    assert metrics(folder)[-1]["step"] == 8
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == [
+        *("checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-8")
+    ]
+    assert yaml.safe_load((folder / "settings.yaml").read_text())["training"]["save_steps"] == 4
+
+
+def test_other_rows_are_allowed_when_they_are_meant(config, tmp_path, write_rows):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(1)])
+    file = write_rows()
+    file.write_text(file.read_text().replace("Apple", "Pear").replace("river", "lake"))
+    resume = f"training.resume_from_checkpoint={tmp_path / 'run'}"
+    finetune(load_settings(str(config), [resume]), allow_changed=True)
 
 
 def test_a_run_that_computed_otherwise_is_not_continued(config, tmp_path):

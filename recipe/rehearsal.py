@@ -1,0 +1,116 @@
+"""Before step 1, in seconds: whatever a run will do later, done once.
+
+What does not fit, cannot be written or cannot answer is found out now, and not in the last hour.
+"""
+
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from recipe.memory.probe import in_words, peak_memory
+from recipe.run_data import Data
+from recipe.sealed import damage, seal
+from recipe.settings import RunFailed
+from recipe.sharing.adapter_folder import unlike
+from recipe.sharing.probes import as_generation_sees, encode_probes
+from recipe.training.finite import in_words as rows_in_words
+from recipe.training.trainer import TokenWeightedTrainer
+
+_NEW_TOKENS = 4
+
+
+def rehearse(trainer: TokenWeightedTrainer, data: Data, say: Callable[[str], None]) -> None:
+    """The longest micro-batch of the run forward and backward, an evaluation batch, a checkpoint
+    saved and reopened, and a few generated tokens. Nothing of it stays: no gradient, no file, and
+    the random numbers that training draws are the same.
+
+    Args:
+        trainer: ready to take its first step; every process calls this.
+
+    Raises:
+        RunFailed: what cannot be done, and what to do about it.
+    """
+    started = time.perf_counter()
+    said: list[str] = []
+
+    def longest() -> None:
+        rows = trainer.longest_micro_batch()
+        tokens = trainer.rehearse_step(rows)
+        many = f"{len(rows)} rows" if len(rows) > 1 else rows_in_words([rows[0].index])
+        said.append(f"longest micro-batch ({many}, {tokens:,} tokens)")
+
+    def evaluation() -> None:
+        if trainer.eval_dataset:
+            trainer.rehearse_evaluation()
+            said.append("evaluation")
+
+    def saving() -> None:
+        _save_and_reopen(trainer)
+        said.append("checkpoint saved and reopened")
+
+    def generation() -> None:
+        _generate(trainer, data)
+        said.append("generation")
+
+    parts = (longest, evaluation, saving, generation)
+    visible = trainer.args.process_index == 0 and sys.stderr.isatty()
+    with _undone(trainer):
+        for part in tqdm(parts, desc="rehearsing", leave=False, disable=not visible):
+            part()
+    seconds = time.perf_counter() - started
+    say(f"rehearsed {', '.join(said)} · {seconds:.1f} s · {in_words(peak_memory())}")
+
+
+@contextmanager
+def _undone(trainer: TokenWeightedTrainer) -> Iterator[None]:
+    drawn = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            trainer.model.zero_grad(set_to_none=True)
+    random.setstate(drawn[0])
+    np.random.set_state(drawn[1])
+
+
+def _save_and_reopen(trainer: TokenWeightedTrainer) -> None:
+    folder = Path(trainer.args.output_dir) / ".rehearsal.partial"
+    if trainer.args.process_index:
+        trainer.write_states(folder)
+        return
+    folder.mkdir()
+    try:
+        trainer.write_states(folder)
+        seal(folder)
+        problems = damage(folder) + unlike(trainer.model, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if problems:
+        raise RunFailed(
+            "a checkpoint that was written and read again is not what it was:\n"
+            + "\n".join(problems)
+        )
+
+
+def _generate(trainer: TokenWeightedTrainer, data: Data) -> None:
+    plain = trainer.model.get_base_model()
+    _, (ids, *_) = encode_probes(data.template, data.tokenizer)
+    with torch.no_grad(), as_generation_sees(plain):
+        prompt = torch.tensor([ids], device=plain.device)
+        found = plain.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=plain.config.eos_token_id,
+        )
+    if found.shape[-1] <= len(ids):
+        raise RunFailed("the model generates nothing. Use another checkpoint.")

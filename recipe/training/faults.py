@@ -1,0 +1,86 @@
+"""What can happen to a run from outside, in words: no memory, no space, a killed data worker."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from recipe.sealed import SEAL
+from recipe.settings import RunFailed
+from recipe.training.checkpoints import checkpoints
+
+_NOT_WRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EFBIG,
+}
+
+
+@contextmanager
+def faults_told(run: Path) -> Iterator[None]:
+    """Turn what comes from outside into one line with the way out.
+
+    Raises:
+        RunFailed: a file of the run could not be written, or a data worker was killed.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _not_written(error)
+        if reason:
+            raise RunFailed(
+                f"{run} could not be written to: {reason} ({_free(run)}). What was saved before is "
+                f"whole. Put that right; then: {how_to_continue(run)}"
+            ) from error
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            raise RunFailed(
+                f"a data worker was killed ({_one_line(error)}), mostly by the system for want of "
+                "memory. Lower training.dataloader_num_workers, or free memory; then: "
+                f"{how_to_continue(run)}"
+            ) from error
+        raise
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for that is not there; a CPU raises a plain RuntimeError."""
+    lacking = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return lacking or "can't allocate memory" in str(error)
+
+
+def how_to_continue(run: Path) -> str:
+    """The command that goes on from the newest checkpoint of ``run``, or starts it anew."""
+    command = f"python recipe/train.py --config {run / 'settings.yaml'}"
+    if any((folder / SEAL).is_file() for folder in checkpoints(run)):
+        return f"{command} training.resume_from_checkpoint={run}"
+    return f"{command} (no checkpoint had been saved)"
+
+
+def _not_written(error: Exception) -> str:
+    """Why a file could not be written; empty for other errors."""
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno in _NOT_WRITABLE else ""
+    text = _one_line(error)
+    # torch.save tells no reason.
+    if "PytorchStreamWriter" in text or "inline_container" in text:
+        return "torch could not write a file, as when a disk is full"
+    return text if isinstance(error, SafetensorError) and "os error" in text else ""
+
+
+def _free(run: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(run).free / 2**20:,.0f} MiB free"
+    except OSError:
+        return "no longer there"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")

@@ -1,0 +1,125 @@
+"""A signal ends a run behind a checkpoint, and the resumed run is the one that never stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from transformers import TrainerCallback
+
+from recipe.exit_codes import run_command
+from recipe.finetune import finetune
+from recipe.settings import Stopped, load_settings
+from tests.training.test_resume import WEIGHTS, metrics
+
+
+class Send(TrainerCallback):
+    """Sends signals to this process in the middle of the step after ``step``."""
+
+    def __init__(self, step, *numbers):
+        self.step, self.numbers = step, numbers
+
+    def on_substep_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def config(write_config):
+    """12 rows, 4 held out, 2 × 2 rows a step: 2 steps an epoch, 3 epochs."""
+    return write_config(
+        lora={"lora_dropout": 0.1},
+        data={"rows": "0:8", "held_out": "8:12"},
+        training={
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "eval_strategy": "epoch",
+            "logging_steps": 3,
+        },
+    )
+
+
+def run(config, *overrides, watchers=()):
+    return finetune(load_settings(str(config), overrides), watchers=watchers)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [0, 1, 2, 5])  # 1 and 5: the last step of an epoch, of the run
+def test_stopped_is_uninterrupted(config, tmp_path, capfd, number, step):
+    whole = run(config, f"training.output_dir={tmp_path / 'whole'}")
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Stopped) as raised:
+        run(config, watchers=[Send(step, number)])
+    assert handlers == [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    assert raised.value.signal_number == number
+    stopped = tmp_path / "run"
+    assert f"stopped by {number.name} after step {step + 1} of 6, and saved" in str(raised.value)
+    assert str(raised.value).endswith(f"training.resume_from_checkpoint={stopped}")
+    assert f"{number.name}: finishing the step and saving" in capfd.readouterr().err
+    assert [p.name for p in stopped.glob("*checkpoint*")] == [f"checkpoint-{step + 1}"]
+    resumed = run(config, f"training.resume_from_checkpoint={stopped}")
+    assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert metrics(resumed) == metrics(whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(config, watchers=[Send(1, signal.SIGINT, signal.SIGINT)])
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+def test_a_launcher_that_dies_after_ctrl_c_stops_nothing_at_once(config, tmp_path):
+    with pytest.raises(Stopped) as raised:
+        run(config, watchers=[Send(1, signal.SIGINT, signal.SIGTERM)])
+    assert raised.value.signal_number == signal.SIGINT
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_exit_codes(capsys, number, code):
+    def end():
+        raise Stopped("stopped, and saved", signal_number=number)
+
+    assert run_command(end) == code
+    assert capsys.readouterr().err == "stopped, and saved\n"
+
+
+LAUNCHER = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", '''
+import signal, time
+from recipe.training.signals import follow_launcher
+follow_launcher()
+print("ready", flush=True)
+time.sleep(60)
+'''])
+child.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("name", ["accelerate", "torchrun", "nohup"])
+def test_a_launcher_takes_its_child_with_it(tmp_path, name):
+    """A shell that ends must not: that is how runs are left alone over night."""
+    script = tmp_path / name
+    script.write_text(LAUNCHER)
+    launcher = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert launcher.stdout.readline() == "ready\n"
+        (child,) = psutil.Process(launcher.pid).children()
+        launcher.kill()
+        launcher.wait()
+        if name == "nohup":
+            time.sleep(0.3)
+            assert child.is_running()
+        else:
+            child.wait(20)
+    finally:
+        for one in psutil.process_iter(["cmdline"]):
+            if "follow_launcher" in " ".join(one.info["cmdline"] or []):
+                one.kill()
