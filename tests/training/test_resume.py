@@ -91,6 +91,30 @@ def test_resumed_is_uninterrupted(write_config, config, tmp_path, step, override
     assert metrics(resumed) == metrics(whole)
 
 
+class StopBetween(TrainerCallback):
+    """Ends the run between the last step of an epoch and its evaluation."""
+
+    def on_epoch_end(self, args, state, control, **_):
+        if state.global_step == 4:
+            raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["training.save_strategy=epoch"], ["training.eval_strategy=steps"]]
+)
+def test_no_evaluation_is_skipped(config, tmp_path, overrides):
+    if overrides == ["training.eval_strategy=steps"]:
+        overrides += ["training.eval_steps=2", "training.save_steps=2"]
+        overrides += ["training.load_best_model_at_end=true"]
+    whole = run(config, *overrides, f"training.output_dir={tmp_path / 'whole'}")
+    stopped = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, *overrides, watchers=[StopBetween()])
+    resumed = run(config, *overrides, f"training.resume_from_checkpoint={stopped}")
+    assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert metrics(resumed) == metrics(whole)
+
+
 class StopAtTheEnd(TrainerCallback):
     """Ends the run between the last step and the adapter."""
 
@@ -106,6 +130,7 @@ def test_a_run_that_stopped_behind_its_last_step_takes_no_more(config, tmp_path,
         run(config, *overrides, watchers=[StopAtTheEnd()])
     resumed = run(config, *overrides, f"training.resume_from_checkpoint={stopped}")
     assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert metrics(resumed) == metrics(whole)
     assert {p.name for p in resumed.iterdir()} == {p.name for p in whole.iterdir()}
 
 

@@ -117,6 +117,7 @@ def test_a_launcher_takes_its_child_with_it(tmp_path, name):
         if name == "nohup":
             time.sleep(0.3)
             assert child.is_running()
+            assert child.status() != psutil.STATUS_ZOMBIE
         else:
             child.wait(20)
     finally:
