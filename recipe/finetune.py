@@ -117,7 +117,7 @@ def finetune(
             if main_process:
                 _note_unchanged(trainer, log)
                 _save(run, folder, base_says, prepared.initial)
-                plot_loss(log.file, folder / "loss.png", title=f"{settings.name} · {folder.name}")
+                _plot(run, folder)
     seconds = time.perf_counter() - started
     say("\n".join(conclusion(run, log, folder, before=before, after=after, seconds=seconds)))
     return folder
@@ -275,6 +275,8 @@ def _train(trainer: TokenWeightedTrainer, resumed: Checkpoint | None) -> None:
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     weights = load_file(Path(best or resumed.folder) / "adapter_model.safetensors")
     set_peft_model_state_dict(trainer.model, weights)
+    if trainer.args.should_save:
+        trainer.remove_old_checkpoints(at_the_end=True)
 
 
 def _save(
@@ -286,6 +288,15 @@ def _save(
     start = Path(initial.name) if initial else None
     proof = receipt(run, folder, _probes(run, base_says))
     save_adapter(run.model, folder / "adapter", proof, initial=start)
+
+
+def _plot(run: Run, folder: Path) -> None:
+    """The adapter is saved: no picture is worth its run."""
+    title = f"{run.settings.name} · {folder.name}"
+    try:
+        plot_loss(folder / "metrics.jsonl", folder / "loss.png", title=title)
+    except OSError as error:
+        print(f"warning   {folder / 'loss.png'} could not be written: {error.strerror}", flush=True)
 
 
 def _says(run: Run) -> torch.Tensor:

@@ -50,14 +50,21 @@ def whole_folder(
 
 
 def _put(staged: Path, path: Path) -> None:
-    if not path.exists():
+    if not os.path.lexists(path):
         staged.rename(path)
         return
     old = path.parent / f".{path.name}{_REPLACED}"
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     path.rename(old)
     staged.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_unfinished(parent: Path) -> None:
@@ -66,10 +73,7 @@ def remove_unfinished(parent: Path) -> None:
     """
     for kind in (_PARTIAL, _REPLACED):
         for left in parent.glob(f".*{kind}*"):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+            _remove(left)
 
 
 def seal(folder: Path) -> None:

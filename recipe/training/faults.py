@@ -2,7 +2,9 @@
 
 import errno
 import os
+import shlex
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,14 +36,14 @@ def faults_told(run: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, EOFError, SafetensorError, RuntimeError) as error:
         reason = _not_written(error)
         if reason:
             raise RunFailed(
                 f"{run} could not be written to: {reason} ({_free(run)}). What was saved before is "
                 f"whole. Put that right; then: {how_to_continue(run)}"
             ) from error
-        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        if _of_a_worker(error):
             raise RunFailed(
                 f"a data worker was killed ({_one_line(error)}), mostly by the system for want of "
                 "memory. Lower training.dataloader_num_workers, or free memory; then: "
@@ -58,10 +60,20 @@ def out_of_memory(error: BaseException) -> bool:
 
 def how_to_continue(run: Path) -> str:
     """The command that goes on from the newest checkpoint of ``run``, or starts it anew."""
-    command = f"python recipe/train.py --config {run / 'settings.yaml'}"
+    command = f"python recipe/train.py --config {shlex.quote(str(run / 'settings.yaml'))}"
     if any((folder / SEAL).is_file() for folder in checkpoints(run)):
-        return f"{command} training.resume_from_checkpoint={run}"
+        return f"{command} {shlex.quote(f'training.resume_from_checkpoint={run}')}"
     return f"{command} (no checkpoint had been saved)"
+
+
+def _of_a_worker(error: BaseException) -> bool:
+    """A worker that dies while it hands over a batch shows in the connection to it."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error)
+    if not isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("torch/utils/data/" in frame.filename for frame in frames)
 
 
 def _not_written(error: Exception) -> str:
@@ -70,7 +82,7 @@ def _not_written(error: Exception) -> str:
         return os.strerror(error.errno) if error.errno in _NOT_WRITABLE else ""
     text = _one_line(error)
     # torch.save tells no reason.
-    if "PytorchStreamWriter" in text or "inline_container" in text:
+    if any(words in text for words in ("PytorchStreamWriter", "inline_container", "iostream")):
         return "torch could not write a file, as when a disk is full"
     return text if isinstance(error, SafetensorError) and "os error" in text else ""
 

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +79,19 @@ def planned_folder(settings: Settings) -> Path:
 
 def _make(settings: Settings) -> Path:
     check_output_dir(settings)
+    try:
+        folder = _fresh(settings)
+        # Whether a folder that is there may be written into, only this tells.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError.single(
+            "training.output_dir",
+            f"{planned_folder(settings)} cannot be written to ({error.strerror}). Name another.",
+        ) from error
+    return folder
+
+
+def _fresh(settings: Settings) -> Path:
     asked = settings.training.get("output_dir")
     if asked:
         folder = Path(asked)

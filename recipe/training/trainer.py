@@ -7,6 +7,7 @@ change with per_device_eval_batch_size. The stock training goes on with NaN, and
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
 from recipe.sealed import whole_folder
-from recipe.training.checkpoints import LOG_STATE
+from recipe.training.checkpoints import LOG_STATE, checkpoints
 from recipe.training.faults import how_to_continue, out_of_memory
 from recipe.training.finite import FiniteSteps, NotFinite, in_words
 from recipe.training.head import OutputHead
@@ -111,12 +112,21 @@ class TokenWeightedTrainer(Trainer):
             return
         with whole_folder(folder, replace=True, staged=staged):
             self.write_states(staged)
+        self.remove_old_checkpoints()
+
+    def remove_old_checkpoints(self, *, at_the_end: bool = False) -> None:
+        """Beyond ``save_total_limit``; at the end of a run that keeps one, all but the best."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         rotate_checkpoints(
-            output_dir=str(run),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
+            output_dir=self.args.output_dir,
+            save_total_limit=limit,
+            best_model_checkpoint=best,
             use_mtime=True,
         )
+        if at_the_end and limit == 1 and best:
+            for folder in checkpoints(Path(self.args.output_dir)):
+                if folder.name != Path(best).name:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def write_states(self, staged: Path) -> None:
         """All that a checkpoint holds; every process writes into the one folder."""
