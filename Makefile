@@ -17,6 +17,7 @@ ADAPTER ?=
 STRATEGY ?=
 REPO ?=
 OUTPUT ?=
+N ?= 100
 
 # A prompt is data: `value` keeps make from expanding $ and the environment keeps the shell from
 # reading quotes and backticks in it. `override` makes both hold for PROMPT=... on the command line.
@@ -28,7 +29,7 @@ STARTER := models/smollm2-135m-instruct
 # Loading never asks a hub for what lies on this disk; nothing here sends usage statistics.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup train infer chat verify inspect merge push pull test test-slow test-gpu fuzz check lint types options \
+.PHONY: help setup train prove infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
         bench-starter bench-decoding bench-adapter bench-exactness \
         bench bench-gpu bench-start clean
 
@@ -39,6 +40,9 @@ setup: .venv/.installed $(STARTER)/sha256.json ## install pinned dependencies in
 
 train: setup ## fine-tune: CONFIG=starter.yaml ARGS="training.num_train_epochs=1"
 	@.venv/bin/accelerate launch --quiet $(LAUNCH) recipe/train.py --config $(CONFIG) $(ARGS)
+
+prove: setup ## hold what is claimed against stock code, on your config: CONFIG, ARGS as in train
+	@$(PY) recipe/prove.py --config $(CONFIG) $(ARGS)
 
 infer: setup ## answer PROMPT="...": ADAPTER=path or none, STRATEGY=beam_search, ARGS="num_beams=4"
 	@$(PY) recipe/generate.py --prompt="$$PROMPT" $(if $(ADAPTER),--adapter="$(ADAPTER)") \
@@ -76,6 +80,9 @@ fuzz: setup .venv/.dev ## 5,000 hypothesis inputs for each part of settings and 
 	@$(PY) -m pytest -q --hypothesis-profile=deep --hypothesis-show-statistics \
 		tests/settings/test_fuzz.py tests/settings/test_generation_fuzz.py \
 		tests/data/test_fuzz.py $(ARGS)
+
+torture: setup .venv/.dev ## kill N=100 runs at random instants, resume, compare; ARGS="--signals 20" for SIGTERM
+	@$(PY) -m tests.faults.torture --kills $(N) $(ARGS)
 
 lint: .venv/.dev
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 import torch
 import transformers
 
+from recipe.proving.stock import recipe_gradients, relative_difference, stock_gradients
 from recipe.quiet import quiet_libraries
 from recipe.settings import load_settings
-from tests.equalities.stock import recipe_gradients, relative_difference, stock_gradients
 
 SHAPES = [(1, 8), (2, 4), (8, 1)]
 FIXED = [

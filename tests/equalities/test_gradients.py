@@ -7,9 +7,9 @@ import torch
 from transformers import TrainerCallback
 
 from recipe.finetune import finetune
+from recipe.proving.stock import recipe_gradients, relative_difference, stock_gradients
 from recipe.settings import load_settings
 from recipe.training import head
-from tests.equalities.stock import recipe_gradients, relative_difference, stock_gradients
 
 ROWS_PER_STEP = 8
 ROWS_IN_ALL = 10  # a window of 8 and a short last one of 2
