@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import psutil
@@ -100,8 +100,19 @@ def quiet_worker(initialise: Callable[[int], None] | None, worker_id: int) -> No
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    sys.excepthook = _unless_alone
     if initialise:
         initialise(worker_id)
+
+
+def _unless_alone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What a worker computes goes to the trainer, errors too; but its thread that hands tensors
+    over would print when nobody takes them any more.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def follow_launcher() -> None:

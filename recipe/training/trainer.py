@@ -224,7 +224,8 @@ class TokenWeightedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = super().get_train_dataloader()
         if self.args.dataloader_num_workers:
-            loader.worker_init_fn = partial(quiet_worker, loader.worker_init_fn)
+            own = getattr(loader, "base_dataloader", loader)  # accelerate's is a shell
+            own.worker_init_fn = partial(quiet_worker, own.worker_init_fn)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:

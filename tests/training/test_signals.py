@@ -67,6 +67,28 @@ def test_stopped_is_uninterrupted(config, tmp_path, capfd, number, step):
     assert metrics(resumed) == metrics(whole)
 
 
+class SendToAll(Send):
+    """To the data workers as well, from outside, as a batch system does."""
+
+    def on_substep_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            every = [*psutil.Process().children(), psutil.Process()]
+            for number in self.numbers:
+                kill = ["kill", f"-{number:d}", *(str(process.pid) for process in every)]
+                subprocess.run(kill, check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_data_workers_leave_a_signal_to_the_trainer(config, tmp_path, number):
+    workers = "training.dataloader_num_workers=2"
+    whole = run(config, workers, f"training.output_dir={tmp_path / 'whole'}")
+    with pytest.raises(Stopped):
+        run(config, workers, watchers=[SendToAll(1, number)])
+    resumed = run(config, workers, f"training.resume_from_checkpoint={tmp_path / 'run'}")
+    assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert metrics(resumed) == metrics(whole)
+
+
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(config, watchers=[Send(1, signal.SIGINT, signal.SIGINT)])
