@@ -4,7 +4,6 @@ Kept apart from ``train.py`` because commands do not import commands, and whatev
 compares runs needs the real one.
 """
 
-import json
 import os
 import tempfile
 import time
@@ -14,31 +13,30 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from recipe.continuation import change, checkpoint_of, take_up, tidy, train
 from recipe.memory.probe import peak_memory
 from recipe.model.checkpoint import load_base, loaded_commit
 from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
 from recipe.run_account import Run, conclusion, introduction, manifest_facts, receipt
 from recipe.run_data import Data, load_data, share_openings
-from recipe.sealed import remove_unfinished
-from recipe.settings import Settings, UserError
+from recipe.settings import Settings
 from recipe.sharing.adapter_folder import save_adapter
 from recipe.sharing.probes import Probe, encode_probes, make_probes, next_token_logits
 from recipe.training.arguments import autocast_dtype, training_arguments
 from recipe.training.build import build_trainer
-from recipe.training.checkpoints import LOG_STATE, Checkpoint, find_checkpoint
-from recipe.training.disk import check_space, planned_steps
+from recipe.training.checkpoints import Checkpoint
+from recipe.training.disk import check_space
 from recipe.training.faults import faults_told
-from recipe.training.flow import GoOnLogging, Rehearse
+from recipe.training.flow import FreshFolder, Rehearse
 from recipe.training.head import OutputHead
 from recipe.training.loss import TokenLoss
 from recipe.training.machine import check_machine
 from recipe.training.plot import plot_loss
 from recipe.training.run_folder import (
+    alone,
     check_output_dir,
     make_run_folder,
     planned_folder,
@@ -46,6 +44,7 @@ from recipe.training.run_folder import (
     write_settings,
 )
 from recipe.training.run_log import RunLog
+from recipe.training.run_log import say as say_line
 from recipe.training.same_run import Beginning, check_same_run
 from recipe.training.signals import StopOnSignal
 from recipe.training.trainer import TokenWeightedTrainer
@@ -90,29 +89,33 @@ def finetune(
         Stopped: by a signal, behind a checkpoint.
     """
     started = time.perf_counter()
-    resumed = _checkpoint(settings)
+    resumed = checkpoint_of(settings)
     prepared = _prepare(settings, watchers)
     arguments, trainer, log = prepared.arguments, prepared.trainer, prepared.log
-    folder, changed = _run_folder(settings, prepared, resumed, allow_changed=allow_changed)
+    changed: list[str] = []
+    if resumed:
+        run_before = resumed.folder.parent
+        changed = _check_same_run(settings, prepared, run_before, allow_changed=allow_changed)
+    made = not planned_folder(settings).exists()
+    folder = _run_folder(settings, resumed)
     arguments.output_dir, log.file = str(folder), folder / "metrics.jsonl"
     trainer.report_into(folder)
     run = Run(settings, arguments, prepared.data, trainer.model, prepared.base_sha256)
     main_process = arguments.process_index == 0
     say = _speaker(main_process=main_process)
-    say("\n".join(introduction(run, folder)))
-    with faults_told(folder):
-        if main_process and (resumed is None or changed):
-            write_settings(folder, settings)
+    with alone(folder, needed=main_process), faults_told(folder):
+        say("\n".join(introduction(run, folder)))
         if main_process and resumed is None:
+            write_settings(folder, settings)
             write_manifest(folder, **manifest_facts(run))
         # PiSSA and OLoRA took their start out of the base; only with it is the base whole.
         base_says = _says(run) if prepared.initial else None
-        before = _begin(trainer, log, resumed, changed, say)
+        before = _begin(settings, prepared, resumed, changed, say)
         if rehearse:
-            fresh = folder if resumed is None and main_process else None
+            fresh = FreshFolder(folder, made=made) if resumed is None and main_process else None
             trainer.add_callback(Rehearse(partial(rehearse, trainer, prepared.data, say), fresh))
         with prepared.stop.listening():
-            _train(trainer, resumed)
+            train(trainer, resumed)
             after = _held_out_perplexity(trainer)
             if main_process:
                 _note_unchanged(trainer, log)
@@ -120,6 +123,7 @@ def finetune(
                 _plot(run, folder)
     seconds = time.perf_counter() - started
     say("\n".join(conclusion(run, log, folder, before=before, after=after, seconds=seconds)))
+    prepared.stop.stop_if_received(f"The run is finished, and {folder / 'adapter'} is saved.")
     return folder
 
 
@@ -132,7 +136,7 @@ def check(settings: Settings) -> None:
         UserError, RunFailed: as ``finetune``.
     """
     started = time.perf_counter()
-    resumed = _checkpoint(settings)
+    resumed = checkpoint_of(settings)
     silent = {**settings.training, "report_to": "none"}  # a reporter would make its folder
     prepared = _prepare(settings.model_copy(update={"training": silent}), ())
     arguments, trainer, data = prepared.arguments, prepared.trainer, prepared.data
@@ -189,94 +193,52 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
 
 
 def _speaker(*, main_process: bool) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        if main_process:
-            print(line, flush=True)
-
-    return say
+    return say_line if main_process else lambda line: None
 
 
-def _checkpoint(settings: Settings) -> Checkpoint | None:
-    asked = settings.training.get("resume_from_checkpoint")
-    best = bool(settings.training.get("load_best_model_at_end"))
-    return find_checkpoint(asked, best_needed=best) if asked else None
-
-
-def _run_folder(
-    settings: Settings, prepared: _Prepared, resumed: Checkpoint | None, *, allow_changed: bool
-) -> tuple[Path, list[str]]:
-    """Where the run is, and what is allowed to differ from how it began."""
-    if resumed is None:
-        return make_run_folder(settings), []
-    run = resumed.folder.parent
-    changed = _check_same_run(settings, prepared, run, allow_changed=allow_changed)
-    if prepared.arguments.process_index == 0:
-        remove_unfinished(run)
-    return run, changed
+def _run_folder(settings: Settings, resumed: Checkpoint | None) -> Path:
+    return resumed.folder.parent if resumed else make_run_folder(settings)
 
 
 def _check_same_run(
     settings: Settings, prepared: _Prepared, run: Path, *, allow_changed: bool
 ) -> list[str]:
-    now = Beginning(
+    return check_same_run(
+        settings, run, _beginning(settings, prepared), allow_changed=allow_changed
+    )
+
+
+def _beginning(settings: Settings, prepared: _Prepared) -> Beginning:
+    return Beginning(
         prepared.data.tokens_sha256,
         prepared.base_sha256,
         share_openings(settings),
         prepared.arguments.world_size,
     )
-    return check_same_run(settings, run, now, allow_changed=allow_changed)
 
 
 def _begin(
-    trainer: TokenWeightedTrainer,
-    log: RunLog,
+    settings: Settings,
+    prepared: _Prepared,
     resumed: Checkpoint | None,
     changed: Sequence[str],
     say: Callable[[str], None],
 ) -> float | None:
     """Say where the run begins; return the held-out perplexity before step 1."""
+    trainer, log = prepared.trainer, prepared.log
     if resumed is None:
         before = _held_out_perplexity(trainer)
         if before is not None:
             say(f"held out  perplexity {before:.2f} before training")
         return before
-    for line in resumed.left_out:
-        say(f"left out  {line}")
-    say(f"resumed   from {resumed.folder}")
+    if changed:
+        change(trainer, settings, _beginning(settings, prepared), resumed, changed)
+    if trainer.args.process_index == 0:
+        tidy(resumed, say)
+    before = take_up(trainer, log, resumed, say)
     for line in changed:
         say(f"changed   {line}")
-    return _take_up(trainer, log, resumed.folder)
-
-
-def _take_up(trainer: TokenWeightedTrainer, log: RunLog, checkpoint: Path) -> float | None:
-    """Let the log go on where the checkpoint was written."""
-    try:
-        state = json.loads((checkpoint / LOG_STATE).read_text())
-        log.resume(state, main_process=trainer.args.process_index == 0)
-        trainer.add_callback(GoOnLogging(trainer, state["open_loss"], state["logged_step"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError.single(
-            "training.resume_from_checkpoint",
-            f"{checkpoint / LOG_STATE} is not what a run of this version writes. Start anew.",
-        ) from error
-    return log.first_perplexity
-
-
-def _train(trainer: TokenWeightedTrainer, resumed: Checkpoint | None) -> None:
-    if resumed is None:
-        trainer.train()
-        return
-    state = TrainerState.load_from_json(str(resumed.folder / "trainer_state.json"))
-    if state.global_step < planned_steps(trainer.args, len(trainer.train_dataset)):
-        trainer.train(resume_from_checkpoint=str(resumed.folder))
-        return
-    # Stopped behind the last step: with max_steps the Trainer would take one more.
-    trainer.state = state
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    weights = load_file(Path(best or resumed.folder) / "adapter_model.safetensors")
-    set_peft_model_state_dict(trainer.model, weights)
-    if trainer.args.should_save:
-        trainer.remove_old_checkpoints(at_the_end=True)
+    return before
 
 
 def _save(
@@ -296,7 +258,7 @@ def _plot(run: Run, folder: Path) -> None:
     try:
         plot_loss(folder / "metrics.jsonl", folder / "loss.png", title=title)
     except OSError as error:
-        print(f"warning   {folder / 'loss.png'} could not be written: {error.strerror}", flush=True)
+        say_line(f"warning   {folder / 'loss.png'} could not be written: {error.strerror}")
 
 
 def _says(run: Run) -> torch.Tensor:

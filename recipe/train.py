@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="with training.resume_from_checkpoint: go on with other settings or rows",
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     if args.show_data is not None and args.show_data < 1:
         raise UserError.single("--show-data", f"{args.show_data} is below 1. Ask for 1 or more.")
     settings = load_settings(args.config, args.overrides)

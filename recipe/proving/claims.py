@@ -43,8 +43,11 @@ def judged(evidence: Evidence) -> Iterator[Finding]:
     for claim in CLAIMS:
         try:
             yield claim.judge(evidence)
-        except UserError:
-            raise
+        except UserError as error:
+            if claim is CLAIMS[0]:
+                raise
+            # It could be run as it is: what refuses now is wrong itself.
+            yield Finding(claim.name, None, None, False, f"refused: {str(error)[:160]}")
         except Stopped as stopped:  # it says how to continue a run that is about to go away
             raise Stopped("stopped", signal_number=stopped.signal_number) from stopped
         except Exception as error:  # whatever a broken run raises, the others are still judged

@@ -24,6 +24,7 @@ from recipe.proving.stock import (
 )
 from recipe.proving.watchers import (
     BaseHashes,
+    Checkpointing,
     FirstMicroBatch,
     LastLogits,
     Progress,
@@ -33,6 +34,7 @@ from recipe.proving.watchers import (
     relative,
     row_logits,
 )
+from recipe.settings import RunFailed
 from recipe.training.run_log import read_metrics
 
 LEAST, MOST = 1e-6, 1e-4
@@ -129,14 +131,18 @@ class Evidence:
         if asked not in self._gradients:
             start = StartAway(self.whole.start.adapter, attention_dropout=False)
             capture = CaptureGradients()
+            active = Checkpointing()
             self._run_for_gradients(
                 start,
                 capture,
+                active,
                 batch=batch,
                 accumulation=accumulation,
                 share_openings=share_openings,
                 checkpointing=checkpointing,
             )
+            if active.on != checkpointing:
+                raise RunFailed(f"gradient checkpointing was {'on' if active.on else 'off'}")
             self._gradients[asked] = capture.steps
         return self._gradients[asked]
 

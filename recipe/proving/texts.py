@@ -15,7 +15,7 @@ from recipe.data.rows import Row
 from recipe.data.templates import Template
 from recipe.data.tokens import TokenizedRow
 from recipe.proving.evidence import Evidence
-from recipe.proving.finding import Finding, compared
+from recipe.proving.finding import Finding, compared, not_applicable
 from recipe.run_data import Data
 
 MASK = "mask, row by row, EOS included"
@@ -72,6 +72,8 @@ def prompt_ids(evidence: Evidence) -> Finding:
             compared_prompts += 1
             if list(encoded.ids) != row.input_ids[:begin].tolist():
                 wrong.append(row.index)
+    if not compared_prompts:
+        return not_applicable(PROMPT, "data.max_length cuts every prompt off")
     said = f"{compared_prompts} prompts, up to the first trained token"
     named = f"; first row {wrong[0]}" if wrong else ""
     return compared(PROMPT, len(wrong), tolerance=0, note=said + named)

@@ -25,6 +25,18 @@ class StoppedHere(Exception):
     """Ends a run as a crash would."""
 
 
+class Checkpointing(TrainerCallback):
+    """Whether the model recomputes its layers, or would keep them though it was told not to."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self.on = bool(model.get_base_model().is_gradient_checkpointing)
+
+
 class StopWithin(TrainerCallback):
     """Ends the run within the step after ``step``, behind its first backward pass."""
 

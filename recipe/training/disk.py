@@ -60,12 +60,18 @@ def kept_checkpoints(arguments: TrainingArguments, rows: int) -> int:
     if strategy == "no":
         return 0
     saves = math.ceil(arguments.num_train_epochs)
-    if strategy != "epoch":
-        every = arguments.save_steps if strategy == "steps" else arguments.eval_steps or 1
+    if strategy == "best":
+        strategy = arguments.eval_strategy.value
+    if strategy == "steps":
+        best = arguments.save_strategy.value == "best"
+        every = arguments.eval_steps if best else arguments.save_steps
         # A share of the steps, where it is below 1.
         saves = math.ceil(steps / (every if every >= 1 else max(every * steps, 1)))
     limit = arguments.save_total_limit
-    return int(min(saves, limit + 1) if limit else saves)
+    if not limit:
+        return int(saves)
+    stay = max(limit, 2) if arguments.load_best_model_at_end else limit  # the best and the last
+    return int(min(saves, stay + 1))
 
 
 def _existing(folder: Path) -> Path:

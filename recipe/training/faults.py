@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from recipe.sealed import SEAL
 from recipe.settings import RunFailed
+from recipe.training.arguments import world_size
 from recipe.training.checkpoints import checkpoints
 
 _NOT_WRITABLE = {
@@ -46,8 +47,8 @@ def faults_told(run: Path) -> Iterator[None]:
         if _of_a_worker(error):
             raise RunFailed(
                 f"a data worker was killed ({_one_line(error)}), mostly by the system for want of "
-                "memory. Lower training.dataloader_num_workers, or free memory; then: "
-                f"{how_to_continue(run)}"
+                "memory. Free some, or do without: "
+                f"{how_to_continue(run, 'training.dataloader_num_workers=0')}"
             ) from error
         raise
 
@@ -58,12 +59,16 @@ def out_of_memory(error: BaseException) -> bool:
     return lacking or "can't allocate memory" in str(error)
 
 
-def how_to_continue(run: Path) -> str:
+def how_to_continue(run: Path, *changes: str) -> str:
     """The command that goes on from the newest checkpoint of ``run``, or starts it anew."""
-    command = f"python recipe/train.py --config {shlex.quote(str(run / 'settings.yaml'))}"
-    if any((folder / SEAL).is_file() for folder in checkpoints(run)):
-        return f"{command} {shlex.quote(f'training.resume_from_checkpoint={run}')}"
-    return f"{command} (no checkpoint had been saved)"
+    processes = world_size()
+    launch = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+    words = [*launch.split(), "recipe/train.py", "--config", str(run / "settings.yaml"), *changes]
+    saved = any((folder / SEAL).is_file() for folder in checkpoints(run))
+    if saved:
+        words.append(f"training.resume_from_checkpoint={run}")
+        words += ["--allow-changed"] if changes else []
+    return shlex.join(words) + ("" if saved else " (no checkpoint had been saved)")
 
 
 def _of_a_worker(error: BaseException) -> bool:

@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +74,48 @@ class FrozenInputs(TrainerCallback):
         model.get_base_model().disable_input_require_grads()
 
 
+@dataclass(frozen=True)
+class FreshFolder:
+    """A run's folder before anything was trained; ``made`` by the run, or by the user."""
+
+    path: Path
+    made: bool
+
+    def remove(self) -> None:
+        """Take away what the run has written, and nothing else."""
+        for name in ("settings.yaml", "manifest.json", "metrics.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        if self.made:
+            with suppress(OSError):  # something else is in it
+                self.path.rmdir()
+
+
+class OnFirstSave(TrainerCallback):
+    """Does something once, when the first checkpoint is whole, or training has ended."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act: Callable[[], None] | None = act
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._act:
+            self._act()
+        self._act = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.on_save(args, state, control)
+
+
 class Rehearse(TrainerCallback):
     """Once model, optimizer and rows are as the first step finds them. The folder of a fresh run
     that cannot be is taken away.
     """
 
-    def __init__(self, rehearse: Callable[[], None], fresh: Path | None) -> None:
+    def __init__(self, rehearse: Callable[[], None], fresh: FreshFolder | None) -> None:
         self._rehearse = rehearse
         self._fresh = fresh
 
@@ -88,5 +126,5 @@ class Rehearse(TrainerCallback):
             self._rehearse()
         except RunFailed:
             if self._fresh:
-                shutil.rmtree(self._fresh, ignore_errors=True)
+                self._fresh.remove()
             raise

@@ -1,10 +1,15 @@
 """The folder of a run: a fresh one each time, with what is needed to repeat it."""
 
+import fcntl
 import json
+import os
 import platform
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +19,9 @@ from accelerate.utils import broadcast_object_list
 
 from recipe.settings import Settings, UserError, dump
 from recipe.training.arguments import world_size
+from recipe.training.same_run import Beginning
 
+_PATIENCE = 10  # seconds
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
@@ -124,6 +131,50 @@ def write_manifest(folder: Path, **facts: Any) -> None:
         **facts,
     }
     _replace(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def note_changes(folder: Path, now: Beginning, changed: Sequence[str], *, step: int) -> None:
+    """Into ``manifest.json``: what a run that goes on after ``step`` does otherwise."""
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["data"] |= {
+        "tokens_sha256": now.tokens_sha256,
+        "share_openings": now.share_openings,
+    }
+    manifest.setdefault("changed", []).append({"after_step": step, "what": list(changed)})
+    _replace(file, json.dumps(manifest, indent=1) + "\n")
+
+
+@contextmanager
+def alone(folder: Path, *, needed: bool) -> Iterator[None]:
+    """No other process may write a run at the same time, such as one that is still saving.
+
+    Raises:
+        UserError: one does, and goes on doing so.
+    """
+    if not needed:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(folder, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path, descriptor: int) -> None:
+    for left in range(_PATIENCE, -1, -1):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:  # data workers of a killed run take some seconds to notice
+            time.sleep(1 if left else 0)
+        except OSError:  # a file system that knows no locks
+            return
+    raise UserError.single(
+        "training.output_dir", f"another process writes {folder}. Wait for it, or end it."
+    )
 
 
 def _replace(file: Path, text: str) -> None:

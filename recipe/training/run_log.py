@@ -227,8 +227,7 @@ class RunLog(TrainerCallback):
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        say(line)
 
     def _epoch_seconds(self) -> float:
         return time.perf_counter() - self._epoch_started - self._evaluating_seconds
@@ -264,6 +263,15 @@ class RunLog(TrainerCallback):
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 self.stop(f"{name} is {value} at step {step}. {remedy(step)}")
+
+
+def say(line: str) -> None:
+    """Print a line above the bar. A run whose reader is gone, such as a ``tee``, goes on."""
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

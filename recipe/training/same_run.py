@@ -16,6 +16,7 @@ _ALLOWED = {
     "tokens_sha256": "the rows are others than it began with",
     "share_openings": "openings are shared otherwise than it began with",
 }
+_BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 # A checkpoint's optimizer and scheduler bring these back, whatever the settings say.
 _IN_THE_STATES = (
     "training.optim",
@@ -31,6 +32,9 @@ _IN_THE_STATES = (
     "training.bf16",
     "training.seed",
     "training.data_seed",
+    "training.metric_for_best_model",
+    "training.greater_is_better",
+    "data.held_out",
 )
 
 
@@ -73,6 +77,8 @@ def check_same_run(
     ]
     changed = [f.name for f in fields(now) if getattr(beginning, f.name) != getattr(now, f.name)]
     may = {*_ALLOWED, *(key for key in differing if not _in_the_states(key))}
+    if _rows_a_step(began) != _rows_a_step(asked):  # the place in the epoch would be another
+        may -= set(_BATCH)
     problems = [
         Problem(
             key,
@@ -97,6 +103,11 @@ def check_same_run(
         *(f"{key} is {asked.get(key)!r}, was {began.get(key)!r}" for key in differing),
         *(_ALLOWED[name] for name in changed),
     ]
+
+
+def _rows_a_step(flat: Mapping[str, Any]) -> int:
+    batch, accumulation = _BATCH
+    return int(flat.get(batch, 8)) * int(flat.get(accumulation, 1))
 
 
 def _in_the_states(key: str) -> bool:

@@ -5,12 +5,13 @@ had come to its end.
 """
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -69,8 +70,21 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         if not self._received and os.environ.get("RANK", "0") == "0":
             said = "finishing the step and saving; Ctrl-C stops at once, unsaved"
-            os.write(2, f"\n{signal.Signals(number).name}: {said}\n".encode())
+            with suppress(OSError):  # a terminal's Ctrl-C kills what reads the screen, too
+                os.write(2, f"\n{signal.Signals(number).name}: {said}\n".encode())
         self._received = self._received or number
+
+    def stop_if_received(self, finished: str) -> None:
+        """For a signal behind the last step, which nothing was left to do about.
+
+        Raises:
+            Stopped: saying what is ``finished``.
+        """
+        if self._received:
+            name = signal.Signals(self._received).name
+            raise Stopped(
+                f"{name} came behind the last step. {finished}", signal_number=self._received
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -96,10 +110,10 @@ class StopOnSignal(TrainerCallback):
 
 def quiet_worker(initialise: Callable[[int], None] | None, worker_id: int) -> None:
     """``worker_init_fn`` of a data loader: signals to a whole group of processes are the trainer's
-    affair. A worker that died of one would break the step that is being finished.
+    affair. Without its workers it could not finish the step, nor an evaluation before it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _unless_alone
     if initialise:
         initialise(worker_id)
@@ -113,6 +127,13 @@ def _unless_alone(
     """
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
+
+
+def kill_workers() -> None:
+    """At exit: multiprocessing would send a SIGTERM and wait for those who do not hear it."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def follow_launcher() -> None:

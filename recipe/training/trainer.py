@@ -5,6 +5,7 @@ The stock evaluation averages the means of its batches, so eval_loss and the per
 change with per_device_eval_batch_size. The stock training goes on with NaN, and saves it.
 """
 
+import atexit
 import json
 import math
 import shutil
@@ -33,7 +34,7 @@ from recipe.training.finite import FiniteSteps, NotFinite, in_words
 from recipe.training.head import OutputHead
 from recipe.training.loss import count_trained, distributed, sum_over_processes
 from recipe.training.run_log import RunLog
-from recipe.training.signals import quiet_worker
+from recipe.training.signals import kill_workers, quiet_worker
 
 _UNCHANGED = 1e-6  # relative; float32 rounds at 1e-7
 
@@ -74,7 +75,8 @@ class TokenWeightedTrainer(Trainer):
             step, then = self.state.global_step, how_to_continue(Path(self.args.output_dir))
             self._log.stop(
                 f"out of memory with {tokens:,} tokens at a time ({in_words(rows)}), after step "
-                f"{step} of {self.state.max_steps}. {remedy}." + (f" Then: {then}" if step else "")
+                f"{step} of {self.state.max_steps}. {remedy}."
+                + (f" Then, with that and --allow-changed: {then}" if step else "")
             )
 
     def _smaller(self) -> str:
@@ -226,6 +228,8 @@ class TokenWeightedTrainer(Trainer):
         if self.args.dataloader_num_workers:
             own = getattr(loader, "base_dataloader", loader)  # accelerate's is a shell
             own.worker_init_fn = partial(quiet_worker, own.worker_init_fn)
+            atexit.unregister(kill_workers)
+            atexit.register(kill_workers)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:

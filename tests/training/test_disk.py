@@ -12,6 +12,9 @@ from recipe.training import disk
 from recipe.training.arguments import training_arguments
 
 
+_BY_LOSS = "training.metric_for_best_model=loss"
+
+
 @pytest.fixture
 def config(write_config):
     return write_config(
@@ -31,6 +34,7 @@ def config(write_config):
         ["training.save_strategy=steps", "training.save_steps=1", "training.max_steps=5"],
         ["training.save_strategy=epoch", "training.save_total_limit=1"],
         ["training.save_strategy=epoch", "training.num_train_epochs=1.5"],
+        ["training.save_strategy=best", "training.eval_strategy=epoch", _BY_LOSS],
     ],
 )
 def test_the_checkpoints_of_a_run_are_forecast(config, tmp_path, monkeypatch, overrides):

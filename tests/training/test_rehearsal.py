@@ -99,6 +99,17 @@ def test_too_little_memory_is_told_before_the_first_step(config, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_of_the_user_stays(config, tmp_path, monkeypatch):
+    def lack(*args, **named):
+        raise MemoryError
+
+    monkeypatch.setattr(TokenWeightedTrainer, "compute_loss_context_manager", lack)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RunFailed, match="out of memory"):
+        run(config)
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_memory_that_ends_later_names_the_rows(config, tmp_path, monkeypatch):
     def lack(self, *args, **named):
         if self.state.global_step == 3:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from recipe.finetune import finetune
 from recipe.sealed import damage
 from recipe.settings import RunFailed, UserError, load_settings
+from recipe.training import run_folder
 from recipe.training import trainer as trainer_module
 
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -283,6 +284,89 @@ def test_other_settings_are_allowed_when_they_are_meant(config, tmp_path, capsys
         *("checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-8")
     ]
     assert yaml.safe_load((folder / "settings.yaml").read_text())["training"]["save_steps"] == 4
+
+
+def test_an_older_checkpoint_becomes_the_newest(config, tmp_path, capsys):
+    whole = run(config, f"training.output_dir={tmp_path / 'whole'}")
+    stopped = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(3)])
+    resume = f"training.resume_from_checkpoint={stopped / 'checkpoint-1'}"
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, resume, watchers=[StopAt(1)])
+    assert f"set aside {stopped}/superseded-checkpoint-3: its steps" in capsys.readouterr().out
+    assert sorted(p.name for p in stopped.glob("checkpoint-*")) == ["checkpoint-1"]
+    resumed = run(config, f"training.resume_from_checkpoint={stopped}")
+    assert f"resumed   from {stopped}/checkpoint-1\n" in capsys.readouterr().out
+    assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert metrics(resumed) == metrics(whole)
+
+
+def test_changes_are_the_runs_own_once_they_are_saved(config, tmp_path, write_rows):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(2)])
+    stopped = tmp_path / "run"
+    before = (stopped / "settings.yaml").read_text(), (stopped / "manifest.json").read_text()
+    rows = write_rows()
+    rows.write_text(rows.read_text().replace("Apple", "Pear"))
+    resume = f"training.resume_from_checkpoint={stopped}"
+    asked = load_settings(str(config), [resume, "training.num_train_epochs=4"])
+
+    def fail(*_):
+        raise RunFailed("out of memory")
+
+    with pytest.raises(RunFailed):
+        finetune(asked, allow_changed=True, rehearse=fail)
+    assert before == (
+        (stopped / "settings.yaml").read_text(),
+        (stopped / "manifest.json").read_text(),
+    )
+    with pytest.raises(RuntimeError, match="power cut"):
+        finetune(asked, allow_changed=True, watchers=[StopAt(3)])
+    changed = json.loads((stopped / "manifest.json").read_text())["changed"]
+    assert [(one["after_step"], len(one["what"])) for one in changed] == [(2, 2)]
+    run(stopped / "settings.yaml", resume)  # as it is now
+    assert metrics(stopped)[-1]["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.per_device_train_batch_size=4"], r"per_device_train_batch_size: is 4.*back\.$"),
+        (["training.num_train_epochs=1"], "the run ends with step 2, and .*is behind step 2"),
+        (["data.held_out=8:11"], r"data.held_out: is '8:11'.*back\.$"),
+    ],
+)
+def test_what_would_move_or_end_the_run_is_not_allowed(config, tmp_path, overrides, message):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(2)])
+    resume = f"training.resume_from_checkpoint={tmp_path / 'run'}"
+    with pytest.raises(UserError, match=message):
+        finetune(load_settings(str(config), [resume, *overrides]), allow_changed=True)
+
+
+def test_the_same_rows_a_step_in_other_micro_batches_are_allowed(config, tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(3)])
+    halved = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4"]
+    resume = f"training.resume_from_checkpoint={tmp_path / 'run'}"
+    folder = finetune(load_settings(str(config), [resume, *halved]), allow_changed=True)
+    assert metrics(folder)[-1]["step"] == 6
+
+
+def test_two_processes_do_not_write_one_run(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0)
+
+    class Resume(TrainerCallback):
+        def on_substep_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                with pytest.raises(UserError, match="another process writes"):
+                    run(config, f"training.resume_from_checkpoint={tmp_path / 'run'}")
+                tried.append(state.global_step)
+
+    tried = []
+    run(config, watchers=[Resume()])
+    assert tried == [2]
 
 
 def test_other_rows_are_allowed_when_they_are_meant(config, tmp_path, write_rows):

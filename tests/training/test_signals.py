@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from recipe.exit_codes import run_command
 from recipe.finetune import finetune
 from recipe.settings import Stopped, load_settings
+from recipe.training.faults import how_to_continue
 from tests.training.test_resume import WEIGHTS, metrics
 
 
@@ -87,6 +88,50 @@ def test_data_workers_leave_a_signal_to_the_trainer(config, tmp_path, number):
     resumed = run(config, workers, f"training.resume_from_checkpoint={tmp_path / 'run'}")
     assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert metrics(resumed) == metrics(whole)
+
+
+class SendAtEpochEnd(SendToAll):
+    """Before the evaluation of an epoch, whose batches the workers make."""
+
+    def on_epoch_end(self, args, state, control, **named):
+        if state.global_step == 2:
+            self.step = 2
+            super().on_substep_end(args, state, control)
+            self.step = None
+
+
+def test_an_evaluation_keeps_its_data_workers(config, tmp_path):
+    workers = "training.dataloader_num_workers=2"
+    with pytest.raises(Stopped):
+        run(config, workers, watchers=[SendAtEpochEnd(None, signal.SIGTERM)])
+    assert (tmp_path / "run/checkpoint-3").is_dir()
+
+
+def test_a_screen_that_is_gone_loses_nothing(config, tmp_path, monkeypatch):
+    def write(descriptor, text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(Stopped):
+        run(config, watchers=[Send(1, signal.SIGINT)])
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+
+
+class SendAtTheEnd(TrainerCallback):
+    def on_train_end(self, args, state, control, **_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_behind_the_last_step_the_run_is_finished(config, tmp_path):
+    with pytest.raises(Stopped, match=r"behind the last step. The run is finished, and .*adapter"):
+        run(config, watchers=[SendAtTheEnd()])
+    assert (tmp_path / "run" / WEIGHTS).is_file()
+
+
+def test_several_processes_go_on_as_several(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = how_to_continue(tmp_path)
+    assert said.startswith("torchrun --nproc_per_node 2 recipe/train.py --config ")
 
 
 def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
