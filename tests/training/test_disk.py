@@ -11,7 +11,6 @@ from recipe.settings import UserError, load_settings
 from recipe.training import disk
 from recipe.training.arguments import training_arguments
 
-
 _BY_LOSS = "training.metric_for_best_model=loss"
 
 
