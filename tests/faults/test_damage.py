@@ -90,7 +90,9 @@ def test_an_intact_one_is_taken(copied, capsys):
     assert differences(folder, whole) == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*DAMAGES, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)]
+)
 def test_the_whole_one_before_is_taken(copied, capsys, kind):
     config, whole, folder = copied(KINDS[kind], NEWEST)
     resume(config, folder)

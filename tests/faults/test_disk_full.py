@@ -124,14 +124,16 @@ def fill_and_recover(disk: Disk, tmp_path: Path, *, share: float) -> None:
     there, all_of_it = used_bytes(disk.seen / "run"), used_bytes(disk.reference.folder)
     disk.resize(str(there + int(share * (all_of_it - there))))
     job.board.release()
+    if job.wait() == 0:  # full behind the adapter, when the loss was drawn
+        assert "warning   " in job.said()
+        assert "loss.png could not be written" in job.said()
+        disk.resize(ROOMY)
+        disk.check_end(tmp_path)
+        return
     line = told_in_one_line(disk, job)
     assert "python recipe/train.py --config" in line
     saved = whole_checkpoints(disk)
     disk.resize(ROOMY)
-    if (disk.seen / "run/adapter").exists():  # full behind it, as when the loss was drawn
-        assert "resume_from_checkpoint" not in line, "it would be refused: the run is finished"
-        disk.check_end(tmp_path)
-        return
     assert ("resume_from_checkpoint" in line) == bool(saved)
     again = disk.start(tmp_path / "again.log")
     assert again.wait() == 0, again.said()

@@ -26,7 +26,13 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("name", KILLS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if number % 2 == 0 else pytest.param(name, marks=pytest.mark.slow)
+        for number, name in enumerate(KILLS)
+    ],
+)
 def test_a_killed_run_ends_as_if_nobody_had(prepare, tmp_path, name):
     scenario, aims = KILLS[name]
     tormentor, reference = prepare(scenario)

@@ -25,15 +25,20 @@ def config(write_config):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["training.save_strategy=no"],
-        ["training.save_strategy=epoch"],
-        ["training.save_strategy=steps", "training.save_steps=1"],
         ["training.save_strategy=steps", "training.save_steps=4"],
-        ["training.save_strategy=steps", "training.save_steps=0.5"],
-        ["training.save_strategy=steps", "training.save_steps=1", "training.max_steps=5"],
         ["training.save_strategy=epoch", "training.save_total_limit=1"],
-        ["training.save_strategy=epoch", "training.num_train_epochs=1.5"],
         ["training.save_strategy=best", "training.eval_strategy=epoch", _BY_LOSS],
+        *(
+            pytest.param([f"training.{one}" for one in overrides], marks=pytest.mark.slow)
+            for overrides in (
+                ["save_strategy=no"],
+                ["save_strategy=epoch"],
+                ["save_strategy=steps", "save_steps=1"],
+                ["save_strategy=steps", "save_steps=0.5"],
+                ["save_strategy=steps", "save_steps=1", "max_steps=5"],
+                ["save_strategy=epoch", "num_train_epochs=1.5"],
+            )
+        ),
     ],
 )
 def test_the_checkpoints_of_a_run_are_forecast(config, tmp_path, monkeypatch, overrides):

@@ -49,7 +49,9 @@ def run(config, *overrides, watchers=()):
     return finetune(load_settings(str(config), overrides), watchers=watchers)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("step", [0, 1, 2, 5])  # 1 and 5: the last step of an epoch, of the run
 def test_stopped_is_uninterrupted(config, tmp_path, capfd, number, step):
     whole = run(config, f"training.output_dir={tmp_path / 'whole'}")
@@ -170,7 +172,9 @@ child.wait()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-@pytest.mark.parametrize("name", ["accelerate", "torchrun", "nohup"])
+@pytest.mark.parametrize(
+    "name", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow), "nohup"]
+)
 def test_a_launcher_takes_its_child_with_it(tmp_path, name):
     """A shell that ends must not: that is how runs are left alone over night."""
     script = tmp_path / name
