@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from recipe.settings import RunFailed, Stopped, UserError
 
@@ -22,19 +23,25 @@ def run_command(main: Callable[[], None]) -> int:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(error, file=sys.stderr)
+        _tell(error)
         return 2
     except RunFailed as error:
-        print(error, file=sys.stderr)
+        _tell(error)
         return 3
     except Stopped as stopped:
-        if str(stopped):  # the first of several processes says it
-            print(stopped, file=sys.stderr)
+        _tell(stopped)  # empty for all but the first of several processes
         return 128 + stopped.signal_number
     except BrokenPipeError:
         # Whoever read the screen has seen enough; without this Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        _tell("stopped")
         return 130
     return 0
+
+
+def _tell(message: object) -> None:
+    """The exit code stands even if a Ctrl-C has killed what reads the screen, such as ``tee``."""
+    if str(message):
+        with suppress(BrokenPipeError):
+            print(message, file=sys.stderr)

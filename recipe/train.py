@@ -20,7 +20,7 @@ from recipe.exit_codes import run_command
 from recipe.settings import UserError, load_settings
 
 
-def main(arguments: list[str] | None = None) -> None:
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,6 +49,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_intermixed_args(arguments)
     if args.show_data is not None and args.show_data < 1:
         raise UserError.single("--show-data", f"{args.show_data} is below 1. Ask for 1 or more.")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parsed(arguments)
     settings = load_settings(args.config, args.overrides)
     # Only now: these imports take seconds, and a mistake in the config is told before them.
     from recipe.quiet import quiet_libraries

@@ -171,6 +171,21 @@ child.wait()
 """
 
 
+def test_the_exit_code_stands_when_nobody_reads(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    def end():
+        raise Stopped("stopped, and saved", signal_number=signal.SIGINT)
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert run_command(end) == 130
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 @pytest.mark.parametrize(
     "name", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow), "nohup"]
