@@ -92,6 +92,26 @@ def test_data_workers_leave_a_signal_to_the_trainer(config, tmp_path, number):
     assert metrics(resumed) == metrics(whole)
 
 
+class KillWorkers(TrainerCallback):
+    """A SIGTERM from outside to the data workers alone, long before they have handed over all."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 1:
+            workers = [str(process.pid) for process in psutil.Process().children()]
+            assert workers
+            subprocess.run(["kill", "-TERM", *workers], check=True)
+            time.sleep(0.3)
+
+
+def test_data_workers_do_not_die_of_a_signal(config):
+    run(
+        config,
+        "training.dataloader_num_workers=1",
+        "training.per_device_train_batch_size=1",
+        watchers=[KillWorkers()],
+    )
+
+
 class SendAtEpochEnd(SendToAll):
     """Before the evaluation of an epoch, whose batches the workers make."""
 
