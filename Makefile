@@ -16,6 +16,7 @@ ARGS ?=
 ADAPTER ?=
 STRATEGY ?=
 REPO ?=
+RUN ?=
 OUTPUT ?=
 N ?= 100
 
@@ -29,9 +30,9 @@ STARTER := models/smollm2-135m-instruct
 # Loading never asks a hub for what lies on this disk; nothing here sends usage statistics.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup train prove infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
-        bench-starter bench-decoding bench-adapter bench-exactness \
-        bench bench-gpu bench-start clean
+.PHONY: help setup train prove compare demo infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
+        bench-starter bench-verdict bench-decoding bench-adapter bench-exactness \
+        bench bench-gpu bench-compile bench-start clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,12 @@ train: setup ## fine-tune: CONFIG=starter.yaml ARGS="training.num_train_epochs=1
 
 prove: setup ## hold what is claimed against stock code, on your config: CONFIG, ARGS as in train
 	@$(PY) recipe/prove.py --config $(CONFIG) $(ARGS)
+
+compare: setup ## did it learn, memorise or forget? base and tuned side by side, report.html: RUN=runs/x, ARGS
+	@$(PY) recipe/compare.py $(if $(RUN),--run "$(RUN)") $(ARGS)
+
+demo: setup .venv/.demo ## type prompts into a page in the browser, base and tuned stream side by side: RUN=runs/x
+	@$(PY) recipe/compare.py --live $(if $(RUN),--run "$(RUN)") $(ARGS)
 
 infer: setup ## answer PROMPT="...": ADAPTER=path or none, STRATEGY=beam_search, ARGS="num_beams=4"
 	@$(PY) recipe/generate.py --prompt="$$PROMPT" $(if $(ADAPTER),--adapter="$(ADAPTER)") \
@@ -99,11 +106,17 @@ bench: setup .venv/.bench ## speed and memory of training beside Trainer and TRL
 bench-gpu: setup .venv/.bench ## the same for the Llama-2-7B shape on a GPU, random weights: ARGS="--arms bf16"
 	@$(PY) -m tests.benchmarks.gpu_speed $(ARGS)
 
+bench-compile: setup .venv/.dev ## what torch.compile costs and gains on this machine
+	@$(PY) -m tests.benchmarks.compiled $(ARGS)
+
 bench-start: setup .venv/.dev ## how long a second start takes until the first step begins
 	@$(PY) -m tests.benchmarks.start $(ARGS)
 
 bench-starter: setup .venv/.dev ## tuned against base on the held-out starter rows, 3 seeds
 	@$(PY) -m tests.benchmarks.starter_answers $(ARGS)
+
+bench-verdict: setup .venv/.dev ## compare's verdict on runs whose truth is known, 3 seeds
+	@$(PY) -m tests.benchmarks.verdicts $(ARGS)
 
 bench-decoding: setup .venv/.dev ## speed of decoding against transformers' generate
 	@$(PY) -m tests.benchmarks.decoding $(ARGS)
@@ -131,6 +144,12 @@ clean: ## remove what setup made (.venv, models); runs/ stays
 .venv/.dev: .venv/.installed
 	@echo "Installing what the tests need into .venv..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'
+	@touch $@
+
+# Gradio is for the page of `make demo` alone.
+.venv/.demo: .venv/.installed
+	@echo "Installing what the page needs into .venv..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[demo]'
 	@touch $@
 
 # The projects that speed is compared with; nothing else needs them.

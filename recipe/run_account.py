@@ -77,19 +77,20 @@ def conclusion(
 ) -> list[str]:
     """Lines for the screen after the adapter was saved; perplexities are None without rows."""
     losses = log.epoch_losses
-    learned = f"training loss {losses[0]:.3f}"
+    result = f"training loss {losses[0]:.3f}"
     if len(losses) > 1:
-        learned += f" → {losses[-1]:.3f}"
+        result += f" → {losses[-1]:.3f}"
     if before is not None and after is not None:
-        learned = f"held-out perplexity {before:.2f} → {after:.2f} · {learned}"
+        result = f"held-out perplexity {before:.2f} → {after:.2f} · {result}"
     return [
-        f"learned   {learned}",
+        f"result    {result}",
         f"cost      {seconds:.0f} s in all, {log.seconds:.0f} s of them training · peak memory "
         f"{in_words(peak_memory())} · {log.skipped_steps} skipped steps",
         *_shared(*log.tokens(run.arguments.device)),
         f"saved     {folder / 'adapter'} (reopened: whole, finite, as trained)",
         f"          {folder / 'loss.png'}, {folder / 'metrics.jsonl'}",
         'next      make infer PROMPT="…"  asks it; ADAPTER=none asks the base',
+        "          make compare  tells whether it learned, memorised or forgot",
         "          make verify  checks it; make push REPO=user/name  publishes it",
         f"          make train CONFIG={folder / 'settings.yaml'}  repeats this run",
     ]

@@ -17,7 +17,7 @@ import os
 import sys
 
 from recipe.exit_codes import run_command
-from recipe.settings import UserError, load_settings
+from recipe.settings import UserError, generation_settings, load_settings
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
     # What the imports made stays; the Trainer's collections need not walk through it each time.
     gc.collect()
     gc.freeze()
-    publishes = settings.hub.push and os.environ.get("RANK", "0") == "0"
+    main_process = os.environ.get("RANK", "0") == "0"
+    publishes = settings.hub.push and main_process
     if publishes:
         from recipe.publish import check_hub, publish_run
 
@@ -85,6 +86,13 @@ def main(arguments: list[str] | None = None) -> None:
         rehearse=None if args.no_rehearsal else rehearse,
         allow_changed=args.allow_changed,
     )
+    if settings.judging.report and main_process:
+        from recipe.comparison import Asked, compare_at_end
+
+        tokens = {"max_new_tokens": settings.judging.max_new_tokens}
+        command = ["python", "recipe/compare.py", "--run", str(run)]
+        asked = Asked(settings.judging.rows, generation_settings(tokens), command=command)
+        compare_at_end(run, asked)
     if publishes:
         publish_run(run, settings.hub)
 

@@ -11,12 +11,15 @@ TOKENS = 2000
 WINDOWS = 4
 
 
-def neutral_windows(tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """The first 2,000 tokens of the shipped text, as four windows of 500.
-
-    A tokenizer with a larger vocabulary makes fewer tokens of it; the windows are shorter then.
-    """
+def neutral_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The first 2,000 tokens of the shipped text; fewer where a tokenizer makes fewer of it."""
     text = _TEXT.read_text(encoding="utf-8")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS]
+    return ids
+
+
+def neutral_windows(tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """``neutral_ids`` as four windows of 500, or shorter ones."""
+    ids = neutral_ids(tokenizer)
     length = len(ids) // WINDOWS
     return [ids[start : start + length] for start in range(0, WINDOWS * length, length)]

@@ -14,6 +14,7 @@ from recipe.settings.row_range import row_range
 from recipe.settings.schema import (
     DataSettings,
     HubSettings,
+    JudgingSettings,
     ModelSettings,
     Settings,
     is_repo_id,
@@ -30,6 +31,7 @@ __all__ = [
     "DataSettings",
     "GenerationSettings",
     "HubSettings",
+    "JudgingSettings",
     "ModelSettings",
     "Option",
     "Problem",

@@ -8,7 +8,13 @@ from recipe.settings.check import Findings, Origin, check
 from recipe.settings.library import quantization_options
 from recipe.settings.overrides import apply_overrides
 from recipe.settings.problem import UserError
-from recipe.settings.schema import DataSettings, HubSettings, ModelSettings, Settings
+from recipe.settings.schema import (
+    DataSettings,
+    HubSettings,
+    JudgingSettings,
+    ModelSettings,
+    Settings,
+)
 from recipe.settings.yaml_text import one_line, read
 
 # Beside the package in a checkout, which is how the recipe is installed.
@@ -95,6 +101,7 @@ def _settings(values: dict[str, Any]) -> Settings:
         data=DataSettings(**values["data"]),
         lora=values["lora"] or {},
         training=values.get("training") or {},
+        judging=JudgingSettings(**(values.get("judging") or {})),
         hub=HubSettings(**(values.get("hub") or {})),
     )
 

@@ -23,7 +23,10 @@ PUBLISHING = Refusal(
     "hub.repo_id: user/name."
 )
 LAUNCH = Refusal("sharding is not proven here, and not done by this version. Leave it out.")
-COMPILE = Refusal("torch.compile is not proven with LoRA dropout here. Leave it out.")
+COMPILE = Refusal(
+    "torch.compile is not proven with LoRA dropout here, and costs more than it gains on a CPU "
+    "(`make bench-compile`). Leave it out."
+)
 _LIGER = Refusal("its kernels replace the loss that is proven exact here. Leave it out.")
 _OWN_LOADING = Refusal("the recipe builds its own batches and labels. Leave it out.")
 OWN_EVALUATION = Refusal("evaluation here is one token-weighted loss. Leave it out.")

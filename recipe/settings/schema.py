@@ -151,6 +151,22 @@ class HubSettings(_Section):
     )
 
 
+class JudgingSettings(_Section):
+    """What is found out about the adapter when training has ended; see also ``compare.py``."""
+
+    report: bool = Field(
+        default=False,
+        description="Compare base and tuned model when the run ends, and write report.html and "
+        "report.json into its folder.",
+    )
+    rows: Annotated[int, Ge(1)] = Field(
+        default=100, description="Most seen and most held-out rows that are compared."
+    )
+    max_new_tokens: Annotated[int, Ge(1)] = Field(
+        default=128, description="Longest answer that is written to a row, in tokens."
+    )
+
+
 class Settings(_Section):
     """One run. ``lora`` and ``training`` hold what the config says, without library defaults."""
 
@@ -162,6 +178,7 @@ class Settings(_Section):
         default_factory=lambda: MappingProxyType({}),
         description="Fields of transformers.TrainingArguments.",
     )
+    judging: JudgingSettings = Field(default_factory=JudgingSettings)
     hub: HubSettings = Field(default_factory=HubSettings)
 
 

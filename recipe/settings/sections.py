@@ -12,13 +12,14 @@ from recipe.settings.renamed import REMOVED, RENAMED
 from recipe.settings.schema import (
     DataSettings,
     HubSettings,
+    JudgingSettings,
     ModelSettings,
     NonEmpty,
     Settings,
     options_of,
 )
 
-SECTIONS = ("model", "data", "lora", "training", "hub")
+SECTIONS = ("model", "data", "lora", "training", "judging", "hub")
 _LISTED_KEYS = 12
 _SECRETS = ("token", "api_key")
 
@@ -37,6 +38,8 @@ def options(section: str) -> Mapping[str, Option]:
             return lora_options()
         case "training":
             return training_options()
+        case "judging":
+            return options_of(JudgingSettings)
         case "hub":
             return options_of(HubSettings)
     raise KeyError(section)

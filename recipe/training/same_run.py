@@ -72,8 +72,10 @@ def check_same_run(
     differing = [
         key
         for key in sorted(began.keys() | asked.keys())
-        # Where the adapter goes in the end changes nothing of it.
-        if began.get(key) != asked.get(key) and key != "name" and not key.startswith("hub.")
+        # What is done with the adapter in the end changes nothing of it.
+        if began.get(key) != asked.get(key)
+        and key != "name"
+        and not key.startswith(("hub.", "judging."))
     ]
     changed = [f.name for f in fields(now) if getattr(beginning, f.name) != getattr(now, f.name)]
     may = {*_ALLOWED, *(key for key in differing if not _in_the_states(key))}

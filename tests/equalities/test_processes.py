@@ -38,7 +38,7 @@ def test_two_processes_train_the_adapter_of_one(write_config, tmp_path):
             command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300
         )
         assert result.returncode == 0, result.stderr
-        assert result.stdout.count("learned ") == 1
+        assert result.stdout.count("result ") == 1
     adapters = [load_file(tmp_path / n / "adapter/adapter_model.safetensors") for n in launches]
     for tensor_name, one in adapters[0].items():
         torch.testing.assert_close(adapters[1][tensor_name], one, rtol=1e-4, atol=1e-6)
