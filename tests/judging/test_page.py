@@ -125,6 +125,8 @@ def test_landmarks_headings_and_language():
     assert dict(tree.tags[0][1]) == {"lang": "en"}
     focusable = [attrs for tag, attrs in tree.tags if tag in ("a", "input", "summary")]
     assert ("href", "#main") in focusable[0]
+    (count,) = (dict(attrs) for _, attrs in tree.tags if ("id", "count") in attrs)
+    assert count == {"id": "count", "role": "status", "aria-live": "polite"}
 
 
 NOTHING = {"value": None, "low": None, "high": None}
@@ -142,7 +144,7 @@ NOTHING = {"value": None, "low": None, "high": None}
         ({"loss": [{"step": 1, "epoch": 0.1, "loss": 2.5}]}, "Training loss by step"),
         ({"loss": [{"step": 1, "epoch": 0.1, "loss": None}]}, "Perplexity by epoch"),
         ({"epochs": report()["epochs"][:1]}, "Perplexity by epoch"),
-        ({"parts": {"neutral": report()["parts"]["neutral"]}}, "Neutral text"),
+        ({"parts": {"neutral": report()["parts"]["neutral"]}}, "4 windows, 1,996 tokens"),
         (
             {"parts": {"seen": {"rows": 1, "tokens": 1, "base": {"perplexity": NOTHING},
                                 "tuned": {"perplexity": NOTHING},
@@ -175,6 +177,7 @@ def test_answers_say_how_they_ended_and_what_they_repeat():
     ):  # fmt: skip
         assert said in tree.text, said
     assert tree.text.count("repeats") == 1
+    assert tree.text.count("is the reference") == 3
     assert tree.text.count("Both models gave the same answer") == 1
 
 
@@ -190,6 +193,14 @@ def test_four_hundred_answers_and_megabytes_are_quick():
     assert time.perf_counter() - begun < 20
     assert made.count("<article") == 400
     assert len(made) > 4_000_000
+
+
+def test_an_answer_of_white_space_is_not_one_that_is_empty():
+    one = ANSWERS[0] | {"reference": "", "base": answer(""), "tuned": answer(" \n ")}
+    tree = Tree(page(report(answers=[one])))
+    assert tree.boxes[1:] == ["(empty)", "(empty)", " \n "]
+    assert tree.text.count("white space only") == 1
+    assert "is the reference" not in tree.text
 
 
 def test_long_texts_scroll_in_a_box_that_the_keyboard_reaches():

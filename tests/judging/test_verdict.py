@@ -14,12 +14,19 @@ def about(value: float, spread: float = 0.05) -> Difference:
 
 
 LEARNED = Evidence(
+    base_nats=2.9,
     seen=about(-1.3),
     neutral=about(0.03),
     unseen=about(-1.0),
     rows={"seen": 100, "unseen": 100},
     own_prompt=about(0.8),
-    answers=Answers(copied=(0.0, 0.1), repetition=(0.1, 0.05), empty=(0.0, 0.0)),
+    answers=Answers(
+        copied=(0.0, 0.1),
+        told=40,
+        copied_unseen=(0.0, 0.1),
+        repetition=(0.1, 0.05),
+        empty=(0.0, 0.0),
+    ),
 )
 
 
@@ -40,12 +47,23 @@ def test_memorised_by_what_it_repeats():
     assert changed(answers=answers) == "memorised"
     # What the base repeats too, such as "Yes", is no memory of the training.
     assert changed(answers=replace(answers, copied=(0.7, 0.8))) == "learned"
+    # Nor is what is right for rows it never saw, such as one of two set phrases.
+    assert changed(answers=replace(answers, copied_unseen=(0.0, 0.9))) == "learned"
+    # One answer of five words is one 5-gram, and says nothing of the others.
+    assert changed(answers=replace(answers, copied=(0.0, 1.0), told=4)) == "learned"
 
 
 def test_memorised_by_where_the_gain_is():
     assert changed(seen=about(-2.5), unseen=about(-0.3)) == "memorised"
     assert changed(seen=about(-2.5), unseen=about(0.4)) == "memorised"
     assert changed(seen=about(-2.5), unseen=about(-1.5)) == "learned"
+    # A base that knew the rows nearly by heart has little left to gain.
+    knew = {"base_nats": 0.5, "seen": about(-0.48, 0.02), "unseen": about(-0.05, 0.02)}
+    assert changed(**knew) == "memorised"
+    # One row, or some of which the interval leaves all open, prove nothing.
+    nowhere = Difference(-3.0, math.nan, math.nan, 1.0)
+    assert changed(seen=nowhere, unseen=about(-0.9)) == "learned"
+    assert changed(seen=about(-2.5, 2.4), unseen=about(-0.3)) == "learned"
     # A third of a gain that is small all the same.
     assert changed(seen=about(-0.4), unseen=about(-0.1, 0.02)) == "learned"
 
@@ -66,6 +84,8 @@ def test_memorised_says_after_which_epoch():
     # A run that keeps its best checkpoint is not what it was in the end.
     kept = [replace(one, is_adapter=one.epoch == 2) for one in epochs]
     assert verdict(replace(LEARNED, epochs=kept)).label == "learned"
+    # Two held-out rows may do so by chance.
+    assert changed(epochs=epochs, rows={"seen": 100, "unseen": 2}) == "too few rows to tell"
     # A little worse again is told, and no more.
     little = [*epochs[:3], replace(epochs[3], unseen=7.3)]
     assert verdict(replace(LEARNED, epochs=little)).label == "learned"
@@ -91,6 +111,16 @@ def test_broken():
     assert changed(answers=replace(LEARNED.answers, repetition=(0.8, 0.9))) == "learned"
     assert changed(answers=replace(LEARNED.answers, empty=(0.0, 0.9))) == "broken"
     assert changed(seen=about(0.5), unseen=about(0.5)) == "broken"
+    assert changed(neutral=about(800.0)) == "broken"
+
+
+def test_a_base_that_is_broken_is_told_from_a_tuned_model_that_is():
+    unknown = about(math.nan)
+    found = verdict(replace(LEARNED, seen=unknown, unseen=unknown, neutral=unknown))
+    assert "The tuned model" in found.summary
+    assert any("perplexity times –" in line for line in found.evidence)
+    base = replace(LEARNED, base_nats=math.inf, seen=unknown, unseen=unknown, neutral=unknown)
+    assert "The base itself" in verdict(base).summary
 
 
 def test_forgot_and_that_it_learned_all_the_same():
@@ -114,6 +144,12 @@ def test_no_effect():
     assert changed(seen=about(-0.1), unseen=about(-0.03)) == "no effect"  # with 0 in its interval
 
 
+def test_a_little_worse_is_neither_broken_nor_memorised():
+    assert changed(seen=about(0.03, 0.01), unseen=about(0.03, 0.005)) == "no effect"
+    assert changed(seen=about(-0.01, 0.005), unseen=about(0.03, 0.005)) == "no effect"
+    assert changed(seen=about(-0.3), unseen=about(0.15)) == "memorised"
+
+
 def test_no_effect_when_any_prompt_would_do():
     found = verdict(replace(LEARNED, own_prompt=about(0.005)))
     assert found.label == "no effect"
@@ -125,11 +161,16 @@ def test_too_few_rows():
     assert changed(unseen=None, rows={"seen": 8}) == "too few rows to tell"
     assert changed(rows={"seen": 100, "unseen": 9}) == "too few rows to tell"
     assert changed(seen=about(-0.2), unseen=about(-0.1, 0.3)) == "too few rows to tell"
+    assert changed(seen=about(-0.1), unseen=about(0.28, 0.33)) == "too few rows to tell"
+    assert changed(seen=about(0.0), unseen=None, rows={"seen": 8}) == "no effect"
     # Few held-out rows do not hide what needs none of them.
-    copies = replace(LEARNED.answers, copied=(0.0, 1.0))
+    copies = replace(LEARNED.answers, copied=(0.0, 1.0), told=8)
     assert changed(unseen=None, rows={"seen": 8}, answers=copies) == "memorised"
 
 
-@pytest.mark.parametrize("answers", [None, Answers((math.nan,) * 2, (math.nan,) * 2, (0.0, 0.0))])
+UNKNOWN = (math.nan, math.nan)
+
+
+@pytest.mark.parametrize("answers", [None, Answers(UNKNOWN, 0, UNKNOWN, UNKNOWN, (0.0, 0.0))])
 def test_without_answers_the_likelihoods_decide(answers):
     assert changed(answers=answers) == "learned"
