@@ -17,6 +17,7 @@ broken.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.exit_codes import run_command
@@ -32,7 +33,8 @@ from recipe.settings import (
 
 _ROWS, _TOKENS = 100, 128
 _NOT_LIVE = ("rows", "seen", "unseen", "no_answers")
-_ONLY_LIVE = ("host", "port")
+_ONLY_LIVE = ("host", "port", "open")
+_ONE_PLAIN_ANSWER = ("assistant_model", "num_return_sequences")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,7 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     run = find_run(args.run, Path("runs"))
     if args.live:
         from recipe.answerer import load_answerer
-        from recipe.live import serve
+        from recipe.live import require_gradio, serve
+
+        require_gradio()
 
         answerer = load_answerer(
             adapter=str(run / "adapter"), model=None, template=None, runs=Path("runs")
@@ -91,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _read(
     args: argparse.Namespace,
-) -> tuple[GenerationSettings, list[int] | None, list[int] | None]:
+) -> tuple[GenerationSettings, Sequence[int] | None, Sequence[int] | None]:
     """What can be known without the run; all problems come in one report."""
     problems: list[Problem] = []
     generation = generation_settings({})
@@ -99,7 +103,7 @@ def _read(
         generation = generation_settings({"max_new_tokens": _TOKENS, **generation_keys(args.keys)})
     except UserError as error:
         problems += error.problems
-    listed: dict[str, list[int] | None] = {}
+    listed: dict[str, Sequence[int] | None] = {}
     for flag in ("seen", "unseen"):
         try:
             listed[flag] = _rows(f"--{flag}", getattr(args, flag))
@@ -111,12 +115,26 @@ def _read(
         if getattr(args, name):
             said = "has no effect with --live" if args.live else "needs --live"
             problems.append(Problem(f"--{name.replace('_', '-')}", f"{said}. Leave it out."))
+    if not args.live:
+        problems += _answer_problems(args, generation)
     if problems:
         raise UserError(problems)
     return generation, listed["seen"], listed["unseen"]
 
 
-def _rows(flag: str, text: str | None) -> list[int] | None:
+def _answer_problems(args: argparse.Namespace, generation: GenerationSettings) -> list[Problem]:
+    """Each row is answered once, by the model alone."""
+    problems = [
+        Problem(key, "is not for comparing, which asks each model for one answer. Leave it out.")
+        for key in _ONE_PLAIN_ANSWER
+        if key in generation.recorded
+    ]
+    if args.no_answers and args.keys:
+        problems.append(Problem(args.keys[0], "has no effect with --no-answers. Leave one out."))
+    return problems
+
+
+def _rows(flag: str, text: str | None) -> Sequence[int] | None:
     """``0:4`` or ``0,7,12``; None where nothing was said."""
     if text is None:
         return None
@@ -124,7 +142,7 @@ def _rows(flag: str, text: str | None) -> list[int] | None:
         if ":" in text:
             start, stop = row_range(text)
             if stop is not None:
-                return list(range(start, stop))
+                return range(start, stop)
         elif all(part.isascii() and part.isdigit() for part in text.split(",")):
             return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:

@@ -1,6 +1,7 @@
 """A finished run as it is compared: its settings, and the rows that it saw and did not see."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from recipe.data.tokens import TokenizedRow
 from recipe.judging.parts import Part, choose, part_of
 from recipe.run_data import Data, load_data
 from recipe.sealed import damage
-from recipe.settings import Settings, UserError, load_settings
+from recipe.settings import Problem, Settings, UserError, load_settings
 from recipe.sharing.adapter_folder import newest_adapter
 from recipe.sharing.tensors import read_tensors
-from recipe.training.checkpoints import checkpoints
+from recipe.training.checkpoints import OF_ANOTHER_SHAPE, checkpoints
 from recipe.training.run_log import read_metrics
 
 _CHECKPOINTS = 10
@@ -22,31 +23,39 @@ _CHECKPOINTS = 10
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """``data`` are its rows, which are those that it was trained on."""
+    """``data`` are the rows that it was trained on, ``records`` those of metrics.jsonl."""
 
     folder: Path
     settings: Settings
     manifest: dict[str, Any]
     data: Data
+    records: list[dict[str, Any]]
 
     @property
     def losses(self) -> list[dict[str, Any]]:
         """``step``, ``epoch`` and ``loss`` of each record of the training loss."""
         return [
             {key: record[key] for key in ("step", "epoch", "loss")}
-            for record in self._records
+            for record in self.records
             if "loss" in record
         ]
 
     @property
     def end(self) -> tuple[float, int]:
         """Epoch and step of its last record."""
-        last = self._records[-1] if self._records else {}
-        return float(last.get("epoch", 0)), int(last.get("step", 0))
+        last = [record for record in self.records if "epoch" in record][-1:]
+        return next(((record["epoch"], record["step"]) for record in last), (0.0, 0))
 
     @property
-    def _records(self) -> list[dict[str, Any]]:
-        return read_metrics(self.folder / "metrics.jsonl")
+    def cut(self) -> frozenset[int]:
+        """Rows that were truncated, whose last answer may be missing."""
+        return frozenset([*self.data.train.truncated, *self.data.held_out.truncated])
+
+    @property
+    def texts(self) -> list[Row]:
+        """Of the rows that it was trained on."""
+        kept = {row.index for row in self.data.train.rows}
+        return [row for row in self.data.rows.train if row.index in kept]
 
 
 @dataclass(frozen=True)
@@ -66,14 +75,20 @@ def find_run(named: str | None, runs: Path) -> Path:
         UserError: there is none, or it is not finished.
     """
     if named is None:
-        return newest_adapter(runs).parent
-    folder = Path(named)
-    if not (folder / "settings.yaml").is_file() or not (folder / "manifest.json").is_file():
+        try:
+            named = str(newest_adapter(runs).parent)
+        except UserError:
+            raise UserError.single(
+                "--run", f"no finished run in {runs}/ yet. Run `make train`, or name a folder."
+            ) from None
+    # os.path, because Path's own raise where a name is too long for any file system.
+    if not all(os.path.isfile(f"{named}/{name}") for name in ("settings.yaml", "manifest.json")):  # noqa: PTH113
         raise UserError.single(
             "--run",
             f"{named} is no run: it holds no settings.yaml and manifest.json, which say what was "
             "seen in training. Name a folder such as runs/starter-001.",
         )
+    folder = Path(named)
     if not (folder / "adapter").is_dir():
         raise UserError.single("--run", f"{named} is not finished: it holds no adapter. Finish it.")
     return folder
@@ -83,16 +98,26 @@ def read_run(folder: Path) -> ComparedRun:
     """What a run was made of.
 
     Raises:
-        UserError: its rows are no longer what they were.
+        UserError: its rows are no longer what they were, or changed on the way.
     """
     settings = load_settings(str(folder / "settings.yaml"))
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         began_with = manifest["data"]["tokens_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        records = read_metrics(folder / "metrics.jsonl")
+        changes = [line for change in manifest.get("changed", []) for line in change["what"]]
+    except (OSError, ValueError, *OF_ANOTHER_SHAPE) as error:
         raise UserError.single(
-            f"{folder / 'manifest.json'}", "does not say which rows were seen. Train anew."
+            "--run",
+            f"manifest.json or metrics.jsonl of {folder} cannot be read "
+            f"({type(error).__name__}), so nothing tells which rows were seen. Train anew.",
         ) from error
+    if any("rows" in line or line.startswith("data.") for line in changes):
+        raise UserError.single(
+            "--run",
+            f"{folder} went on with other rows than it began with (--allow-changed), so nothing "
+            "tells which it saw. Compare a run that was trained on the same rows throughout.",
+        )
     data = load_data(settings)
     if data.tokens_sha256 != began_with:
         raise UserError.single(
@@ -100,7 +125,7 @@ def read_run(folder: Path) -> ComparedRun:
             f"the rows of {settings.data.path} are others than {folder} was trained on, so nothing "
             "tells which were seen. Bring the file back.",
         )
-    return ComparedRun(folder, settings, manifest, data)
+    return ComparedRun(folder, settings, manifest, data, records)
 
 
 def parts_of(
@@ -117,25 +142,28 @@ def parts_of(
     """
     data = run.data
     if seen is None:
-        parts = {"seen": choose(data.train.rows, data.rows.train, rows)}
+        parts = {"seen": choose(data.train.rows, data.rows.train, count=rows)}
     else:
         parts = {"seen": _named("--seen", seen, data.train.rows, data.rows.train)}
     if unseen is not None:
         parts["unseen"] = _named("--unseen", unseen, *_untrained(run, unseen))
     elif data.held_out.rows:
-        parts["unseen"] = choose(data.held_out.rows, data.rows.held_out, rows)
+        parts["unseen"] = choose(data.held_out.rows, data.rows.held_out, count=rows)
     return parts
 
 
 def _untrained(run: ComparedRun, indices: Sequence[int]) -> tuple[list[TokenizedRow], list[Row]]:
     """Rows of the same source, read as the held-out rows of a run are: none that was trained on."""
-    span = f"{min(indices)}:{max(indices) + 1}"
+    # A range is not walked through: it may be of any length.
+    ends = (indices[0], indices[-1]) if isinstance(indices, range) else indices
+    span = f"{min(ends)}:{max(ends) + 1}"
     section = run.settings.data.model_copy(update={"held_out": span})
     try:
         data = load_data(run.settings.model_copy(update={"data": section}))
     except UserError as error:
-        said = " ".join(problem.message for problem in error.problems)
-        raise UserError.single("--unseen", said) from error
+        raise UserError(
+            Problem("--unseen", f"{one.where}: {one.message}") for one in error.problems
+        ) from error
     return data.held_out.rows, data.rows.held_out
 
 
@@ -143,21 +171,25 @@ def _named(
     flag: str, indices: Sequence[int], rows: Sequence[TokenizedRow], texts: Sequence[Row]
 ) -> Part:
     by_index = {row.index: row for row in rows}
-    missing = [index for index in indices if index not in by_index]
-    if missing:
+    missing = next((index for index in indices if index not in by_index), None)
+    if missing is not None:
         what = "was not trained on" if flag == "--seen" else "was trained on, or is not there"
-        raise UserError.single(flag, f"row {missing[0]} {what}. Name others.")
+        raise UserError.single(flag, f"row {missing} {what}. Name others.")
     return part_of([by_index[index] for index in indices], texts)
 
 
-def saved_on_the_way(run: ComparedRun) -> list[Saved]:
+def saved_on_the_way(run: ComparedRun) -> tuple[list[Saved], list[str]]:
     """Its whole checkpoints, oldest first, at most ten that are spread over the run, and its
     adapter; nothing where there are none, or none that fits the unchanged base (PiSSA, OLoRA).
+
+    The second list says which are left out because they are damaged.
     """
     adapter = read_tensors(run.folder / "adapter")
-    found = []
+    found: list[Saved] = []
+    left_out: list[str] = []
     for folder in reversed(checkpoints(run.folder)):
-        if damage(folder):
+        if problems := damage(folder):
+            left_out.append(f"{folder.name} is left out: {problems[0]}.")
             continue
         tensors = read_tensors(folder)
         if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in adapter.items()}:
@@ -165,11 +197,9 @@ def saved_on_the_way(run: ComparedRun) -> list[Saved]:
         state = json.loads((folder / "trainer_state.json").read_text())
         same = all(tensors[name].equal(tensor) for name, tensor in adapter.items())
         found.append(Saved(folder, state["epoch"], state["global_step"], is_adapter=same))
-    if not found:
-        return []
-    if not any(one.is_adapter for one in found):
+    if found and not any(one.is_adapter for one in found):
         found.append(Saved(run.folder / "adapter", *run.end, is_adapter=True))
-    return _spread(found)
+    return _spread(found), left_out
 
 
 def _spread(found: list[Saved]) -> list[Saved]:

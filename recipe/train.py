@@ -86,15 +86,15 @@ def main(arguments: list[str] | None = None) -> None:
         rehearse=None if args.no_rehearsal else rehearse,
         allow_changed=args.allow_changed,
     )
+    if publishes:
+        publish_run(run, settings.hub)
     if settings.judging.report and main_process:
         from recipe.comparison import Asked, compare_at_end
 
-        tokens = {"max_new_tokens": settings.judging.max_new_tokens}
-        command = ["python", "recipe/compare.py", "--run", str(run)]
-        asked = Asked(settings.judging.rows, generation_settings(tokens), command=command)
-        compare_at_end(run, asked)
-    if publishes:
-        publish_run(run, settings.hub)
+        rows, tokens = settings.judging.rows, settings.judging.max_new_tokens
+        command = f"python recipe/compare.py --rows {rows} max_new_tokens={tokens} --run".split()
+        generation = generation_settings({"max_new_tokens": tokens})
+        compare_at_end(run, Asked(rows, generation, command=[*command, str(run)]))
 
 
 if __name__ == "__main__":

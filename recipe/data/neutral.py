@@ -18,6 +18,12 @@ def neutral_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return ids
 
 
+def bos_of(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The BOS id if the tokenizer puts one in front of text, which its model then expects there."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
 def neutral_windows(tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """``neutral_ids`` as four windows of 500, or shorter ones."""
     ids = neutral_ids(tokenizer)

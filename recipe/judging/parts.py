@@ -1,6 +1,6 @@
 """The rows that base and tuned model are compared on, each with its last answer set apart."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,22 +17,22 @@ class Part:
     rows: list[TokenizedRow]
     texts: list[Row]
 
-    @property
-    def indices(self) -> list[int]:
-        """Places in the source."""
-        return [row.index for row in self.rows]
-
-    def prompts(self, room: int) -> list[Encoded]:
+    def prompts(self, room: int, *, cut: Collection[int] = ()) -> list[Encoded]:
         """Of each row the ids before its last answer, as training had them; those left out that are
         empty or longer than ``room`` tokens.
+
+        Args:
+            cut: rows whose last answer may be missing, by their place in the source.
         """
         found = [
-            Encoded(row.index, row.input_ids[: answer_start(row)].tolist()) for row in self.rows
+            Encoded(row.index, row.input_ids[: answer_start(row)].tolist())
+            for row in self.rows
+            if row.index not in cut
         ]
         return [prompt for prompt in found if 0 < len(prompt.ids) <= room]
 
 
-def choose(rows: Sequence[TokenizedRow], texts: Sequence[Row], count: int) -> Part:
+def choose(rows: Sequence[TokenizedRow], texts: Sequence[Row], *, count: int) -> Part:
     """Of ``rows``, which may be fewer than ``texts``, at most ``count``, evenly spread."""
     at = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     return part_of([rows[place] for place in at], texts)

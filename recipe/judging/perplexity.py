@@ -14,6 +14,8 @@ from recipe.data.tokens import TokenizedRow
 from recipe.training.loss import token_nll
 
 _LARGEST = math.log(sys.float_info.max)
+# Logits of so many tokens exist at a time; a longer answer is read once more for the rest.
+_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class Likelihood:
 
     nll: float
     tokens: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether the model computed a number."""
+        return math.isfinite(self.nll)
 
 
 def perplexity(likelihoods: Sequence[Likelihood]) -> float:
@@ -50,11 +57,16 @@ def rows_nll(
     return found
 
 
-def window_nll(model: Any, ids: Sequence[int], *, window: int, stride: int) -> Iterator[Likelihood]:
+def window_nll(
+    model: Any, ids: Sequence[int], *, window: int, stride: int, first: Sequence[int] = ()
+) -> Iterator[Likelihood]:
     """Of a text longer than the context: each window of ``window`` tokens begins ``stride`` after
     the one before, and only tokens that no window before has predicted count.
 
     huggingface.co/docs/transformers/perplexity
+
+    Args:
+        first: in front of each window, such as the BOS token that a model expects there.
 
     Raises:
         ValueError: ``stride`` is not between 1 and ``window``.
@@ -67,7 +79,7 @@ def window_nll(model: Any, ids: Sequence[int], *, window: int, stride: int) -> I
         # Behind a window that did not reach here, the first token has nothing before it.
         fresh = range(max(predicted - start, 1), len(part))
         if fresh:
-            yield _nll(model, part, fresh)
+            yield _nll(model, [*first, *part], [len(first) + place for place in fresh])
         predicted = start + len(part)
         if predicted == len(ids):
             return
@@ -75,11 +87,11 @@ def window_nll(model: Any, ids: Sequence[int], *, window: int, stride: int) -> I
 
 def _nll(model: Any, ids: Sequence[int], targets: Sequence[int]) -> Likelihood:
     """Of the tokens at ``targets``, each given all before it; their logits alone are computed."""
-    if not targets:
-        return Likelihood(0.0, 0)
     whole = torch.tensor([ids], device=model.device)
-    at = torch.tensor(targets, device=model.device)
-    with torch.inference_mode():
-        logits = model(input_ids=whole, logits_to_keep=at - 1, use_cache=False).logits[0]
-        nll = token_nll(logits, whole[0, at])
-    return Likelihood(float(nll.double().sum()), len(targets))
+    total = 0.0
+    for start in range(0, len(targets), _AT_ONCE):
+        at = torch.tensor(targets[start : start + _AT_ONCE], device=model.device)
+        with torch.inference_mode():
+            logits = model(input_ids=whole, logits_to_keep=at - 1, use_cache=False).logits[0]
+            total += float(token_nll(logits, whole[0, at]).double().sum())
+    return Likelihood(total, len(targets))

@@ -10,9 +10,9 @@ import numpy as np
 from recipe.data.rows import Row
 from recipe.decoding.task import Answer
 from recipe.judging.answers import repetition
-from recipe.judging.copies import NEAR_COPY, Copy, TrainingAnswers
+from recipe.judging.copies import Copy, TrainingAnswers
 from recipe.judging.metrics import ExactAnswer, RougeMetric, is_exact
-from recipe.judging.parts import Part
+from recipe.judging.parts import Part, answer_start
 from recipe.judging.perplexity import Likelihood
 from recipe.judging.rouge import Rouge, rouge
 from recipe.judging.statistics import (
@@ -41,6 +41,7 @@ class Measured:
 class Compared:
     """Both models on everything: of each part, ``neutral`` among them, ``base`` and ``tuned``.
 
+    ``training`` are the texts of the rows that were trained on; ``notes`` are for the verdict's.
     ``behind_own`` and ``behind_others`` are of the tuned model, see ``recipe.judging.parts``.
     """
 
@@ -50,6 +51,7 @@ class Compared:
     epochs: Sequence[Epoch]
     behind_own: Sequence[Likelihood] = ()
     behind_others: Sequence[Likelihood] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,15 @@ def report(compared: Compared) -> dict[str, Any]:
         for name, part in compared.parts.items()
     }
     found = evidence(compared, judged)
+    said = verdict(found)
     return {
-        "verdict": asdict(verdict(found)),
+        "verdict": asdict(replace(said, notes=[*said.notes, *compared.notes])),
         "parts": {
             name: _part(name, pair, judged.get(name, {}))
             for name, pair in compared.measured.items()
         },
         "own_prompt": None if found.own_prompt is None else _json(found.own_prompt),
-        "epochs": [asdict(one) for one in compared.epochs],
+        "epochs": [_finite(asdict(one)) for one in compared.epochs],
         "turned": turning(compared.epochs),
         "answers": [
             shown
@@ -93,7 +96,9 @@ def evidence(
 ) -> Evidence:
     """What the verdict rests on."""
     nll = {name: _nll_difference(pair) for name, pair in compared.measured.items()}
+    base, tokens = _columns(compared.measured["seen"]["base"].nll)
     return Evidence(
+        math.fsum(base) / max(sum(tokens), 1),
         nll["seen"],
         nll["neutral"],
         nll.get("unseen"),
@@ -146,12 +151,13 @@ def _part(
     both = [pair[model].nll for model in MODELS]
     shown: dict[str, Any] = {
         "rows": len(both[0]),
+        "answered": len(judged["base"]) if judged else 0,
         "tokens": sum(one.tokens for one in both[0]),
         **{model: _figures(pair[model], judged.get(model, {})) for model in MODELS},
         "difference": {"nll": _json(_nll_difference(pair))},
     }
-    if judged and judged["base"]:
-        longest = ([one.rouge.rougeL for one in judged[model].values()] for model in MODELS)
+    longest = [[one.rouge.rougeL for one in _scored(judged.get(model, {}))] for model in MODELS]
+    if longest[0]:
         shown["difference"]["rougeL"] = _json(paired_mean(*longest))
     return shown
 
@@ -161,16 +167,14 @@ def _figures(measured: Measured, judged: Mapping[int, _Judged]) -> dict[str, Any
     found: dict[str, Interval] = {"perplexity": perplexity_interval(nll, tokens)}
     answers, every = list(measured.answers.values()), list(judged.values())
     if every:
-        texts = {
-            "predictions": [one.text for one in every],
-            "references": [one.reference for one in every],
-        }
-        for kind, value in RougeMetric().compute(**texts).items():
-            ends = mean_interval([getattr(one.rouge, kind) for one in every])
+        scored = _scored(judged)
+        for kind, value in RougeMetric().compute(**_pairs(scored)).items() if scored else ():
+            ends = mean_interval([getattr(one.rouge, kind) for one in scored])
             found[kind] = replace(ends, value=value)
-        exact = share_interval(sum(one.exact for one in every), len(every))
-        found["exact_answer"] = replace(exact, value=ExactAnswer().compute(**texts)["exact_answer"])
-        told = [one.copied.share >= NEAR_COPY for one in every if one.copied is not None]
+        share = ExactAnswer().compute(**_pairs(every))["exact_answer"]
+        ends = share_interval(sum(one.exact for one in every), len(every))
+        found["exact_answer"] = replace(ends, value=share)
+        told = _copied(judged)
         ended = [answer.finish_reason in ("eos", "stop") for answer in answers]
         found["near_copy"] = share_interval(sum(told), len(told))
         found["stop_rate"] = share_interval(sum(ended), len(ended))
@@ -178,6 +182,18 @@ def _figures(measured: Measured, judged: Mapping[int, _Judged]) -> dict[str, Any
         repeated = repetition([answer.ids for answer in answers])
         found["repetition"] = Interval(repeated, math.nan, math.nan)
     return {kind: _json(one) for kind, one in found.items()}
+
+
+def _scored(judged: Mapping[int, _Judged]) -> list[_Judged]:
+    """Those that ROUGE can tell anything of: references in other scripts have no words for it."""
+    return [one for one in judged.values() if rouge(one.reference, one.reference).rouge1]
+
+
+def _pairs(judged: Sequence[_Judged]) -> dict[str, list[str]]:
+    return {
+        "predictions": [one.text for one in judged],
+        "references": [one.reference for one in judged],
+    }
 
 
 def _answers(
@@ -233,28 +249,41 @@ def _shares(
 ) -> Answers | None:
     if not judged["seen"]["base"]:
         return None
-
-    def copied(model: str) -> float:
-        told = [one.copied for one in judged["seen"][model].values() if one.copied is not None]
-        return float(np.mean([one.near_copy for one in told])) if told else math.nan
-
-    def written(model: str) -> list[Answer]:
-        return [a for name in judged for a in compared.measured[name][model].answers.values()]
-
-    base, tuned = MODELS
+    base, tuned = (
+        [a for name in judged for a in compared.measured[name][model].answers.values()]
+        for model in MODELS
+    )
+    wanted = [
+        row.input_ids[answer_start(row) :].tolist()
+        for name, part in compared.parts.items()
+        for row in part.rows
+        if row.index in judged[name]["base"]
+    ]
+    usual = np.fmax(repetition([one.ids for one in base]), repetition(wanted))
+    copies = {name: [_copied(pair[model]) for model in MODELS] for name, pair in judged.items()}
+    seen, unseen = (
+        (_share(pair[0]), _share(pair[1]))
+        for pair in (copies["seen"], copies.get("unseen", [[], []]))
+    )
     return Answers(
-        copied=(copied(base), copied(tuned)),
-        repetition=(_repeated(written(base)), _repeated(written(tuned))),
-        empty=(_empty(written(base)), _empty(written(tuned))),
+        copied=seen,
+        told=len(copies["seen"][1]),
+        copied_unseen=unseen,
+        repetition=(float(usual), repetition([one.ids for one in tuned])),
+        empty=(_empty(base), _empty(tuned)),
     )
 
 
-def _repeated(answers: Sequence[Answer]) -> float:
-    return repetition([answer.ids for answer in answers])
+def _copied(judged: Mapping[int, _Judged]) -> list[bool]:
+    return [one.copied.near_copy for one in judged.values() if one.copied is not None]
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return float(np.mean(hits)) if hits else math.nan
 
 
 def _empty(answers: Sequence[Answer]) -> float:
-    return float(np.mean([not answer.text.strip() for answer in answers]))
+    return _share([not answer.text.strip() for answer in answers])
 
 
 def _nll_difference(pair: Mapping[str, Measured]) -> Difference:
@@ -267,5 +296,12 @@ def _columns(likelihoods: Sequence[Likelihood]) -> tuple[list[float], list[int]]
 
 
 def _json(found: Interval | Difference) -> dict[str, float | None]:
+    return _finite(asdict(found))
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has neither nan nor infinity."""
-    return {key: value if math.isfinite(value) else None for key, value in asdict(found).items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }

@@ -120,7 +120,7 @@ def test_an_epoch_is_its_checkpoint(run, content, tiny_checkpoint):
 
 
 def test_answers_are_those_of_stock_generate(run, content, tiny_checkpoint, rows_file):
-    """And base and tuned are not mixed up, after checkpoints were put in between."""
+    """And base and tuned are not mixed up."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     tuned = PeftModel.from_pretrained(
@@ -144,7 +144,8 @@ def test_page_and_json_say_the_same(run, content):
     page = (run / "report.html").read_text()
     assert content["verdict"]["label"] in page
     for one in content["answers"]:
-        assert f"{one['index']}" in page
+        kind = {"seen": "Seen", "unseen": "Held-out"}[one["part"]]
+        assert f"{kind} row {one['index']}<" in page
     assert {"seen", "unseen", "neutral"} == set(content["parts"])
     assert content["parts"]["neutral"]["tokens"] > 1000
     assert [record["step"] for record in content["loss"]] == list(range(1, 11))
@@ -172,12 +173,18 @@ def test_without_answers(run):
     [
         (["--seen", "25"], "--seen: row 25 was not trained on"),
         (["--unseen", "5"], "--unseen: "),
-        (["--unseen", "20:99"], "--unseen: asks for 20:99, but"),
+        (["--unseen", "20:99"], "--unseen: data.held_out: asks for 20:99, but"),
         (["--unseen", "x"], "expected rows such as 0:4 or 0,7,12, found 'x'"),
         (["--unseen", "4:"], "expected rows such as 0:4"),
         (["--seen", "4:2"], "expected rows such as 0:4"),
         (["--rows", "0"], "--rows: 0 is below 1"),
         (["--port", "1"], "--port: needs --live"),
+        (["--open"], "--open: needs --live"),
+        (["--seen", "0:999999999999999"], "--seen: row 20 was not trained on"),
+        (["--unseen", "0:999999999999999"], "--unseen: data.held_out: asks for"),
+        (["max_new_tokens=256"], "max_new_tokens: 256 leave no room for a prompt"),
+        (["num_beams=2", "num_return_sequences=2"], "num_return_sequences: is not for comparing"),
+        (["--no-answers", "max_new_tokens=4"], "max_new_tokens=4: has no effect"),
         (["--live", "--rows", "3"], "--rows: has no effect with --live"),
         (["temperature=2"], "temperature"),
     ],
@@ -235,4 +242,5 @@ def test_at_the_end_of_training(write_config, tmp_path):
     assert {one["part"]: 0 for one in content["answers"]} == {"seen": 0, "unseen": 0}
     assert "max_new_tokens=4" in content["generation"]
     assert f"report    {tmp_path / 'run/report.html'}" in done.stdout
-    assert content["commands"][1] == f"python recipe/compare.py --run {tmp_path / 'run'}"
+    command = "python recipe/compare.py --rows 2 max_new_tokens=4 --run"
+    assert content["commands"][1] == f"{command} {tmp_path / 'run'}"

@@ -35,14 +35,19 @@ def test_prompts_are_what_training_had_before_the_answer():
     ]
     found = {prompt.index: prompt.ids for prompt in part.prompts(4)}
     assert found == {7: [1, 2]}  # 8 has no prompt, that of 9 leaves no room
+    assert part.prompts(4, cut={7}) == []
 
 
 def test_rows_are_spread_evenly():
     rows = [row(index, [1, 2], ".x") for index in range(100, 110)]
     texts = [text(index) for index in range(100, 115)]
-    assert choose(rows, texts, 4).indices == [100, 103, 106, 109]
-    assert choose(rows, texts, 50).indices == list(range(100, 110))
-    assert choose(rows, texts, 1).indices == [100]
+
+    def chosen(count):
+        return [row.index for row in choose(rows, texts, count=count).rows]
+
+    assert chosen(4) == [100, 103, 106, 109]
+    assert chosen(50) == list(range(100, 110))
+    assert chosen(1) == [100]
 
 
 def test_an_answer_goes_behind_the_next_prompt_that_is_another():

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from recipe.data.tokens import TokenizedRow
+from recipe.judging import perplexity as perplexities
 from recipe.judging.perplexity import Likelihood, perplexity, rows_nll, window_nll
 
 
@@ -106,6 +107,27 @@ def test_the_sliding_window_equals_its_definition(model, exact, window, stride):
 def test_a_window_without_overlap_cannot_predict_its_first_token(model):
     found = list(window_nll(model, list(range(20, 52)), window=16, stride=16))
     assert [one.tokens for one in found] == [15, 15]
+
+
+def test_bos_stands_in_front_of_each_window_and_is_not_predicted(model, exact):
+    ids, found = list(range(20, 40)), 0.0
+    for one in window_nll(model, ids, window=8, stride=4, first=[1]):
+        found += one.nll
+    total = 0.0
+    for place in range(1, len(ids)):
+        start = next(s for s in range(0, len(ids), 4) if place < s + 8)
+        with torch.no_grad():
+            logits = exact(torch.tensor([[1, *ids[start:place]]])).logits[0, -1]
+        total -= float(logits.log_softmax(-1)[ids[place]])
+    assert found == pytest.approx(total, rel=1e-6)
+
+
+def test_a_long_answer_is_predicted_in_pieces(model, monkeypatch):
+    whole = rows_nll(model, ROWS)
+    monkeypatch.setattr(perplexities, "_AT_ONCE", 7)
+    for one, other in zip(rows_nll(model, ROWS), whole, strict=True):
+        assert one.tokens == other.tokens
+        assert one.nll == pytest.approx(other.nll, rel=1e-6)
 
 
 @pytest.mark.parametrize("stride", [0, 17, -1])
