@@ -136,7 +136,8 @@ def _print(content: Mapping[str, Any]) -> None:
 
 
 def _head(name: str, parts: Mapping[str, Any]) -> str:
-    return name if name == "neutral" else f"{parts[name]['rows']} {name} rows"
+    kind = {"seen": "seen rows", "unseen": "held-out rows"}.get(name)
+    return f"{parts[name]['rows']} {kind}" if kind else name
 
 
 def _cell(part: Mapping[str, Any], kind: str, form: str) -> str:
