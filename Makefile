@@ -77,7 +77,7 @@ chat: setup ## talk with the newest adapter in this terminal; ADAPTER, STRATEGY 
 test: setup .venv/.dev ## the test suite (no network, no GPU)
 	@$(PY) -m pytest -q -m "not slow and not gpu" $(ARGS)
 
-test-slow: setup .venv/.dev ## the tests that take minutes
+test-slow: setup .venv/.browser ## the tests that take minutes
 	@$(PY) -m pytest -q -m "slow and not gpu" $(ARGS)
 
 test-gpu: setup .venv/.dev ## the tests that need a CUDA device
@@ -144,6 +144,12 @@ clean: ## remove what setup made (.venv, models); runs/ stays
 .venv/.dev: .venv/.installed
 	@echo "Installing what the tests need into .venv..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'
+	@touch $@
+
+# Without Chromium the tests of pages skip.
+.venv/.browser: .venv/.dev
+	@echo "Installing what the tests of pages need into .venv..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[browser,demo]'
 	@touch $@
 
 # Gradio is for the page of `make demo` alone.
