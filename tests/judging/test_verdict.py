@@ -84,6 +84,11 @@ def test_memorised_says_after_which_epoch():
     # A run that keeps its best checkpoint is not what it was in the end.
     kept = [replace(one, is_adapter=one.epoch == 2) for one in epochs]
     assert verdict(replace(LEARNED, epochs=kept)).label == "learned"
+    # An adapter from before the best epoch has lost nothing since.
+    early = [replace(one, is_adapter=one.epoch == 1, unseen=13 - 2.5 * one.epoch) for one in epochs]
+    early[3] = replace(early[3], unseen=8.5)
+    assert turning(early) == 2
+    assert verdict(replace(LEARNED, epochs=early)).label == "learned"
     # Two held-out rows may do so by chance.
     assert changed(epochs=epochs, rows={"seen": 100, "unseen": 2}) == "too few rows to tell"
     # A little worse again is told, and no more.
