@@ -199,9 +199,10 @@ def _gap(found: Evidence) -> str | None:
     large = seen - unseen >= min(_GAP, found.base_nats / 2)
     if not (certain and large and unseen < seen * _A_THIRD):
         return None
+    others = f"gained {unseen:.2f}" if unseen >= 0 else f"lost {-unseen:.2f}"
     return (
-        f"Seen rows gained {seen:.2f} nats a token and held-out rows {unseen:.2f}: most of "
-        "what it learned holds for the seen rows alone."
+        f"Seen rows gained {seen:.2f} nats a token and held-out rows {others}: most of what it "
+        "learned holds for the seen rows alone."
     )
 
 

@@ -55,7 +55,9 @@ def test_memorised_by_what_it_repeats():
 
 def test_memorised_by_where_the_gain_is():
     assert changed(seen=about(-2.5), unseen=about(-0.3)) == "memorised"
-    assert changed(seen=about(-2.5), unseen=about(0.4)) == "memorised"
+    worse = verdict(replace(LEARNED, seen=about(-2.5), unseen=about(0.4)))
+    assert worse.label == "memorised"
+    assert "gained 2.50 nats a token and held-out rows lost 0.40" in worse.summary
     assert changed(seen=about(-2.5), unseen=about(-1.5)) == "learned"
     # A base that knew the rows nearly by heart has little left to gain.
     knew = {"base_nats": 0.5, "seen": about(-0.48, 0.02), "unseen": about(-0.05, 0.02)}
