@@ -85,8 +85,8 @@ def find_run(named: str | None, runs: Path) -> Path:
     if not all(os.path.isfile(f"{named}/{name}") for name in ("settings.yaml", "manifest.json")):  # noqa: PTH113
         raise UserError.single(
             "--run",
-            f"{named or 'an empty name'} is no run: it holds no settings.yaml and manifest.json, which say what was "
-            "seen in training. Name a folder such as runs/starter-001.",
+            f"{named or 'an empty name'} is no run: it holds no settings.yaml and manifest.json, "
+            "which say what was seen in training. Name a folder such as runs/starter-001.",
         )
     folder = Path(named)
     if not (folder / "adapter").is_dir():
