@@ -16,7 +16,11 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from recipe.continuation import change, checkpoint_of, take_up, tidy, train
+from recipe.data.batch import largest_batch
+from recipe.memory.account import account, lines
+from recipe.memory.forecast import Plan, forecast
 from recipe.memory.probe import peak_memory
+from recipe.memory.watch import MemoryWatch
 from recipe.model.checkpoint import load_base, loaded_commit
 from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
@@ -39,6 +43,7 @@ from recipe.training.run_folder import (
     alone,
     check_output_dir,
     make_run_folder,
+    note_in_manifest,
     planned_folder,
     write_manifest,
     write_settings,
@@ -71,6 +76,7 @@ def finetune(
     watchers: Sequence[TrainerCallback] = (),
     *,
     rehearse: Rehearsal | None = None,
+    memory: MemoryWatch | None = None,
     allow_changed: bool = False,
 ) -> Path:
     """Train what ``settings`` describe; return the run's folder with the checked adapter in it.
@@ -80,6 +86,7 @@ def finetune(
     Args:
         watchers: callbacks that look at the run, such as one that captures gradients.
         rehearse: called when the first step could be taken.
+        memory: what it saw is told at the end, beside the forecast.
         allow_changed: see ``recipe.training.same_run``.
 
     Raises:
@@ -90,7 +97,7 @@ def finetune(
     """
     started = time.perf_counter()
     resumed = checkpoint_of(settings)
-    prepared = _prepare(settings, watchers)
+    prepared = _prepare(settings, [*watchers, *([memory] if memory else [])])
     arguments, trainer, log = prepared.arguments, prepared.trainer, prepared.log
     changed: list[str] = []
     if resumed:
@@ -102,7 +109,7 @@ def finetune(
     trainer.report_into(folder)
     run = Run(settings, arguments, prepared.data, trainer.model, prepared.base_sha256)
     main_process = arguments.process_index == 0
-    say = _speaker(main_process=main_process)
+    say, told = _speaker(main_process=main_process), list[str]()
     with alone(folder, needed=main_process), faults_told(folder):
         say("\n".join(introduction(run, folder)))
         if main_process and resumed is None:
@@ -118,11 +125,13 @@ def finetune(
             train(trainer, resumed)
             after = _held_out_perplexity(trainer)
             if main_process:
+                told = _memory(run, memory, folder) if memory else []
                 _note_unchanged(trainer, log)
                 _save(run, folder, base_says, prepared.initial)
                 _plot(run, folder)
     seconds = time.perf_counter() - started
-    say("\n".join(conclusion(run, log, folder, before=before, after=after, seconds=seconds)))
+    ended = conclusion(run, log, folder, before=before, after=after, seconds=seconds, memory=told)
+    say("\n".join(ended))
     prepared.stop.stop_if_received(f"The run is finished, and {folder / 'adapter'} is saved.")
     return folder
 
@@ -239,6 +248,27 @@ def _begin(
     for line in changed:
         say(f"changed   {line}")
     return before
+
+
+def _memory(run: Run, memory: MemoryWatch, folder: Path) -> list[str]:
+    """Forecast beside measured, into the manifest; and lines for the screen."""
+    found = memory.measured(run.model)
+    if found is None:
+        return []
+    data, arguments = run.data, run.arguments
+    ahead = forecast(
+        Plan(
+            run.settings,
+            run.model.config,
+            memory.rows,
+            largest_batch(data.held_out.rows, arguments.per_device_eval_batch_size),
+            device=arguments.device.type,
+            share_openings=share_openings(run.settings),
+            imported=memory.imported,
+        )
+    )
+    note_in_manifest(folder, memory=account(ahead, found))
+    return lines(ahead, found)
 
 
 def _save(

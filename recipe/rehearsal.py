@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from recipe.memory.probe import in_words, peak_memory
+from recipe.memory.watch import MemoryWatch
 from recipe.run_data import Data
 from recipe.sealed import damage, seal
 from recipe.settings import RunFailed
@@ -27,13 +28,20 @@ from recipe.training.trainer import TokenWeightedTrainer
 _NEW_TOKENS = 4
 
 
-def rehearse(trainer: TokenWeightedTrainer, data: Data, say: Callable[[str], None]) -> None:
+def rehearse(
+    trainer: TokenWeightedTrainer,
+    data: Data,
+    say: Callable[[str], None],
+    *,
+    memory: MemoryWatch | None = None,
+) -> None:
     """The longest micro-batch of the run forward and backward, an evaluation batch, a checkpoint
     saved and reopened, and a few generated tokens. Nothing of it stays: no gradient, no file, and
     the random numbers that training draws are the same.
 
     Args:
         trainer: ready to take its first step; every process calls this.
+        memory: sees the longest micro-batch.
 
     Raises:
         RunFailed: what cannot be done, and what to do about it.
@@ -43,7 +51,8 @@ def rehearse(trainer: TokenWeightedTrainer, data: Data, say: Callable[[str], Non
 
     def longest() -> None:
         rows = trainer.longest_micro_batch()
-        tokens = trainer.rehearse_step(rows)
+        watched = memory.saving(rows, trainer.model) if memory else None
+        tokens = trainer.rehearse_step(rows, watched)
         many = f"{len(rows)} rows" if len(rows) > 1 else rows_in_words([rows[0].index])
         said.append(f"longest micro-batch ({many}, {tokens:,} tokens)")
 

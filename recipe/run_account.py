@@ -74,8 +74,13 @@ def conclusion(
     before: float | None,
     after: float | None,
     seconds: float,
+    memory: Sequence[str] = (),
 ) -> list[str]:
-    """Lines for the screen after the adapter was saved; perplexities are None without rows."""
+    """Lines for the screen after the adapter was saved; perplexities are None without rows.
+
+    Args:
+        memory: lines on what was forecast of it.
+    """
     losses = log.epoch_losses
     result = f"training loss {losses[0]:.3f}"
     if len(losses) > 1:
@@ -86,6 +91,7 @@ def conclusion(
         f"result    {result}",
         f"cost      {seconds:.0f} s in all, {log.seconds:.0f} s of them training · peak memory "
         f"{in_words(peak_memory())} · {log.skipped_steps} skipped steps",
+        *memory,
         *_shared(*log.tokens(run.arguments.device)),
         f"saved     {folder / 'adapter'} (reopened: whole, finite, as trained)",
         f"          {folder / 'loss.png'}, {folder / 'metrics.jsonl'}",

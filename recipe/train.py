@@ -15,6 +15,7 @@ import argparse
 import gc
 import os
 import sys
+from functools import partial
 
 from recipe.exit_codes import run_command
 from recipe.settings import UserError, generation_settings, load_settings
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         show_data(settings, args.show_data)
         return
     from recipe.finetune import check, finetune
+    from recipe.memory.watch import MemoryWatch
     from recipe.rehearsal import rehearse
     from recipe.training.signals import follow_launcher
 
@@ -81,9 +83,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.check:
         check(settings)
         return
+    memory = None if args.no_rehearsal else MemoryWatch()
     run = finetune(
         settings,
-        rehearse=None if args.no_rehearsal else rehearse,
+        rehearse=partial(rehearse, memory=memory) if memory else None,
+        memory=memory,
         allow_changed=args.allow_changed,
     )
     if publishes:

@@ -78,3 +78,9 @@ def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Ba
         "labels": labels,
         "shift_labels": labels,
     }
+
+
+def largest_batch(rows: Sequence[TokenizedRow], size: int) -> Sequence[TokenizedRow]:
+    """Of ``rows`` dealt in their order, ``size`` at a time, those that have the most tokens."""
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return max(batches, key=lambda batch: sum(map(len, batch)), default=[])

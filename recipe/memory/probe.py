@@ -3,6 +3,7 @@
 import resource
 import sys
 
+import psutil
 import torch
 
 
@@ -24,3 +25,8 @@ def peak_memory() -> dict[str, int]:
 def in_words(peak: dict[str, int]) -> str:
     """For the screen: ``2.61 GiB resident``."""
     return ", ".join(f"{count / 2**30:.2f} GiB {kind}" for kind, count in peak.items())
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(psutil.Process().memory_info().rss)

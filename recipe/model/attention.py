@@ -5,15 +5,21 @@ and shared openings come from the batch (``row_lengths`` and ``openings``, see
 ``recipe.data.batch.flatten``).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 PER_ROW_SDPA = "per_row_sdpa"
+_ASSUMED_VARLEN: ContextVar[bool | None] = ContextVar("assumed_varlen", default=None)
 
 
 def per_row_sdpa(
@@ -48,7 +54,10 @@ def per_row_sdpa(
     if row_lengths is None or query.shape[0] != 1:
         raise ValueError("per_row_sdpa needs one flattened sequence with row_lengths")
     openings = openings or [0] * len(row_lengths)
-    if _has_varlen_kernel(query.device, query.dtype, query.shape[-1]) and not dropout:
+    varlen = _ASSUMED_VARLEN.get()
+    if varlen is None:
+        varlen = _has_varlen_kernel(query.device, query.dtype, query.shape[-1])
+    if varlen and not dropout:
         return _varlen(query, key, value, row_lengths, openings, scaling), None
     rows = [
         F.scaled_dot_product_attention(
@@ -61,6 +70,18 @@ def per_row_sdpa(
         )
     ]
     return torch.cat(rows, dim=1), None
+
+
+@contextmanager
+def assumed_varlen(has_kernel: bool) -> Iterator[None]:
+    """Compute as where the variable-length kernel is there or not: for a forecast, on tensors
+    without memory, of a device that is elsewhere.
+    """
+    before = _ASSUMED_VARLEN.set(has_kernel)
+    try:
+        yield
+    finally:
+        _ASSUMED_VARLEN.reset(before)
 
 
 @lru_cache
@@ -93,7 +114,9 @@ def _varlen(
     scaling: float | None,
 ) -> torch.Tensor:
     """All rows in one kernel, (1, T, heads, head_dim)."""
-    places, own, borders = _expansion(tuple(lengths), tuple(openings), query.device)
+    # Tensors without memory must not outlive what made them.
+    expansion = _expansion if _ASSUMED_VARLEN.get() is None else _expansion.__wrapped__
+    places, own, borders = expansion(tuple(lengths), tuple(openings), query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if places is not None:
         q, k, v = q[places], k[places], v[places]
@@ -121,18 +144,18 @@ def _expansion(
     """Where in the sequence each token of each whole row lies, which of these are own, int64, and
     int32 borders of the whole rows. The first two are None where nothing is shared.
     """
-    whole = torch.tensor([n + opening for n, opening in zip(lengths, openings, strict=True)])
-    borders = F.pad(whole.cumsum(0), (1, 0)).to(device, torch.int32)
+    whole = np.add(lengths, openings)
+    borders = torch.tensor([0, *whole.cumsum()], dtype=torch.int32).to(device)
     if not any(openings):
         return None, None, borders
-    rows: list[torch.Tensor] = []
-    own: list[torch.Tensor] = []
-    ends = torch.tensor(lengths).cumsum(0)
-    pieces = torch.tensor_split(torch.arange(sum(lengths)), ends[:-1])
+    rows: list[NDArray[np.int64]] = []
+    own: list[NDArray[np.bool_]] = []
+    pieces = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
     for piece, opening in zip(pieces, openings, strict=True):
-        rows.append(torch.cat([rows[-1][:opening], piece]) if opening else piece)
-        own.append(torch.arange(len(rows[-1])) >= opening)
-    return torch.cat(rows).to(device), torch.cat(own).nonzero()[:, 0].to(device), borders
+        rows.append(np.concatenate([rows[-1][:opening], piece]) if opening else piece)
+        own.append(np.arange(len(rows[-1])) >= opening)
+    places = torch.tensor(np.concatenate(rows)).to(device)
+    return places, torch.tensor(np.flatnonzero(np.concatenate(own))).to(device), borders
 
 
 def register() -> None:

@@ -34,14 +34,25 @@ class OutputHead:
 
     Args:
         autocast: the dtype that mixed precision computes in; None where the weights' own is used.
+        device: ``cpu`` or ``cuda`` decides on the size of a chunk; None is that of the weights.
     """
 
-    def __init__(self, model: PeftModel, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        autocast: torch.dtype | None = None,
+        device: str | None = None,
+    ) -> None:
         self._model = model.get_base_model()
         head = self._model.get_output_embeddings()
         self._frozen = head if _applies_alone(head) else None
         self._dtype = autocast
+        self._device = device or head.weight.device.type
         self._scale: float | None = None
+
+    def assume_unscaled(self) -> None:
+        """Do not look at the weights for what scales their gradient: they may have no values."""
+        self._scale = 1.0
 
     @property
     def chunked(self) -> bool:
@@ -77,8 +88,14 @@ class OutputHead:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if self._scale is None:  # once: it waits for the device
             self._scale = _scale(weight)
-        nll: torch.Tensor = _ChunkedNLL.apply(output, weight, bias, labels, self._scale)  # type: ignore[no-untyped-call]
+        nll: torch.Tensor = _ChunkedNLL.apply(  # type: ignore[no-untyped-call]
+            output, weight, bias, labels, self._scale, self._chunk_rows(len(weight))
+        )
         return nll
+
+    def _chunk_rows(self, vocabulary: int) -> int:
+        at_once = _LOGITS_AT_ONCE.get(self._device, _LOGITS_AT_ONCE["cuda"])
+        return max(at_once // vocabulary // KEPT_MULTIPLE, 1) * KEPT_MULTIPLE
 
 
 def _applies_alone(head: nn.Module) -> bool:
@@ -104,8 +121,8 @@ class _ChunkedNLL(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         scale: float,
+        rows: int,
     ) -> torch.Tensor:
-        rows = _chunk_rows(weight)
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden, dtype=torch.float32) if needed else None
@@ -129,7 +146,7 @@ class _ChunkedNLL(torch.autograd.Function):
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Here the fp16 scaler's factor arrives: nothing was rounded to 16 bits without it.
         (gradient,) = ctx.saved_tensors
-        return (gradient * outer[:, None]).to(ctx.dtype), None, None, None, None
+        return (gradient * outer[:, None]).to(ctx.dtype), None, None, None, None, None
 
 
 def _logit_gradient(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -139,11 +156,6 @@ def _logit_gradient(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     places = labels.clamp(min=0)[:, None]
     return log_p.exp_().scatter_add_(1, places, log_p.new_full(places.shape, -1))
-
-
-def _chunk_rows(weight: torch.Tensor) -> int:
-    at_once = _LOGITS_AT_ONCE.get(weight.device.type, _LOGITS_AT_ONCE["cuda"])
-    return max(at_once // len(weight) // KEPT_MULTIPLE, 1) * KEPT_MULTIPLE
 
 
 def _scale(weight: torch.Tensor) -> float:

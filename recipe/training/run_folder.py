@@ -133,6 +133,12 @@ def write_manifest(folder: Path, **facts: Any) -> None:
     _replace(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
+def note_in_manifest(folder: Path, **facts: Any) -> None:
+    """Add to ``manifest.json`` what is known only later."""
+    file = folder / "manifest.json"
+    _replace(file, json.dumps({**json.loads(file.read_text()), **facts}, indent=1) + "\n")
+
+
 def note_changes(folder: Path, now: Beginning, changed: Sequence[str], *, step: int) -> None:
     """Into ``manifest.json``: what a run that goes on after ``step`` does otherwise."""
     file = folder / "manifest.json"

@@ -10,9 +10,8 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from recipe.data.batch import flatten
+from recipe.data.batch import flatten, largest_batch
 from recipe.data.tokens import TokenizedRow
 from recipe.sealed import whole_folder
 from recipe.training.checkpoints import LOG_STATE, checkpoints
@@ -33,6 +32,7 @@ from recipe.training.faults import how_to_continue, out_of_memory
 from recipe.training.finite import FiniteSteps, NotFinite, in_words
 from recipe.training.head import OutputHead
 from recipe.training.loss import count_trained, distributed, sum_over_processes
+from recipe.training.order import micro_batches
 from recipe.training.run_log import RunLog
 from recipe.training.signals import kill_workers, quiet_worker
 
@@ -161,37 +161,40 @@ class TokenWeightedTrainer(Trainer):
 
     def longest_micro_batch(self) -> list[TokenizedRow]:
         """That of this process which has the most tokens, in the order of all epochs."""
-        loader, lengths = self.callback_handler.train_dataloader, list(map(len, self.train_dataset))
-        left = self.state.max_steps * self.args.gradient_accumulation_steps
-        longest: list[int] = []
-        for epoch in range(self.state.num_train_epochs):
-            loader.set_epoch(epoch)
-            batches = [list(indices) for indices in islice(loader.batch_sampler, left)]
-            longest = max([longest, *batches], key=lambda rows: sum(lengths[i] for i in rows))
-            left -= len(batches)
-            if left <= 0:
-                break
+        lengths = list(map(len, self.train_dataset))
+        batches = micro_batches(
+            self.callback_handler.train_dataloader,
+            steps=self.state.max_steps,
+            accumulation=self.args.gradient_accumulation_steps,
+        )
+        longest = max(batches, key=lambda rows: sum(lengths[i] for i in rows))
         return [self.train_dataset[index] for index in longest]
 
-    def rehearse_step(self, rows: Sequence[TokenizedRow]) -> int:
-        """Forward and backward of ``rows``, counted nowhere; return the tokens of the batch."""
+    def rehearse_step(
+        self, rows: Sequence[TokenizedRow], forward: AbstractContextManager[None] | None = None
+    ) -> int:
+        """Forward and backward of ``rows``, counted nowhere; return the tokens of the batch.
+
+        Args:
+            forward: entered while the model computes, without the loss.
+        """
         inputs = self._prepare_inputs(self.data_collator(rows))
         labels, indices = inputs.pop("labels"), inputs.pop("row_indices")
         tokens: int = sum(inputs["row_lengths"])
         self.model_wrapped.train()
         with self._memory_told(indices, tokens), self._head.apart():
             with self.compute_loss_context_manager():
-                nll = self._head.nll(self.model_wrapped(**inputs).logits[0], labels)
+                with forward or nullcontext():
+                    output = self.model_wrapped(**inputs).logits[0]
+                nll = self._head.nll(output, labels)
+                del output
             torch.autograd.backward(nll.sum() / count_trained(labels))
         return tokens
 
     def rehearse_evaluation(self) -> None:
         """The batch of held-out rows that has the most tokens."""
         rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        inputs = self._prepare_inputs(
-            self.data_collator(max(batches, key=lambda batch: sum(map(len, batch))))
-        )
+        inputs = self._prepare_inputs(self.data_collator(largest_batch(rows, size)))
         labels, indices = inputs.pop("labels"), inputs.pop("row_indices")
         self.model.eval()
         self._nll(inputs, labels, indices)

@@ -1,0 +1,109 @@
+"""What a run will take of memory and time, item by item, before anything of it exists.
+
+Weights, adapter, gradients, optimizer state and everything that lives during a micro-batch follow
+from the shapes (``recipe.memory.trace``). What the process and the allocator take beside them is
+fitted to runs that were measured (``make bench-forecast``).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import LlamaConfig
+
+from recipe.data.tokens import TokenizedRow
+from recipe.memory.optimizer import DEFAULT, is_known, state_bytes
+from recipe.memory.trace import Trace, traced
+from recipe.settings import Settings
+
+PROCESS, ALLOCATOR, OPTIMIZER, ADAPTER = (
+    "process",
+    "allocator",
+    "optimizer state",
+    "adapter",
+)
+# On a CPU, of the resident set: what Trainer, threads and their buffers take once they compute, and
+# what malloc holds beyond the bytes in use, a share of these.
+_CPU_FIXED, _CPU_SHARE = 0, 0.0
+# On CUDA neither is measured yet: the context and cuBLAS workspaces, and fragmentation.
+_CUDA_CONTEXT, _CUDA_SHARE = 600 << 20, 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for, as far as memory and time depend on it.
+
+    ``rows`` are the micro-batch with the most tokens, ``evaluated`` the largest batch of held-out
+    rows; ``device`` is ``cpu`` or ``cuda``; ``share_openings`` as ``flatten`` has it; ``imported``
+    are the bytes that the process holds before it loads anything, on a CPU.
+    """
+
+    settings: Settings
+    config: LlamaConfig
+    rows: Sequence[TokenizedRow]
+    evaluated: Sequence[TokenizedRow]
+    device: str
+    share_openings: bool
+    imported: int = 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """``items`` are the bytes at the peak, which is in ``phase``: their sum. ``saved`` and
+    ``gradients`` are what these come to at their own largest, and ``trace`` what all rests on.
+    """
+
+    items: Mapping[str, int]
+    phase: str
+    saved: int
+    gradients: int
+    trace: Trace
+    notes: Sequence[str] = ()
+
+    @property
+    def peak(self) -> int:
+        """On a CPU of the resident set, on CUDA of what the card holds."""
+        return sum(self.items.values())
+
+    @property
+    def allocated(self) -> int:
+        """Without what the process and the allocator take: CUDA's ``max_memory_allocated``."""
+        return sum(n for name, n in self.items.items() if name not in (PROCESS, ALLOCATOR))
+
+
+def forecast(plan: Plan) -> Forecast:
+    """Follow one micro-batch, and add what surrounds it.
+
+    Raises:
+        UserError: LoraConfig's fields do not fit the model.
+    """
+    trace = traced(
+        plan.config,
+        plan.settings,
+        plan.rows,
+        evaluated=plan.evaluated,
+        device=plan.device,
+        share_openings=plan.share_openings,
+    )
+    optim = str(plan.settings.training.get("optim") or DEFAULT)
+    phase = max(trace.peaks, key=lambda name: sum(trace.peaks[name].values()))
+    adapter = sum(trace.trainable.values())
+    live = {kind: n for kind, n in trace.peaks[phase].items() if n > 0}
+    items = {
+        **{f"base weights, {dtype}": n for dtype, n in trace.weights.items()},
+        ADAPTER: adapter,
+        OPTIMIZER: state_bytes(optim, trace.shapes),
+        **live,
+    }
+    extra = _surroundings(plan, live)
+    notes = [] if is_known(optim) else [f"{optim}: its state is taken for AdamW's"]
+    return Forecast({**items, **extra}, phase, trace.saved, adapter, trace, notes)
+
+
+def _surroundings(plan: Plan, live: Mapping[str, int]) -> dict[str, int]:
+    moving = sum(live.values())
+    if plan.device == "cuda":
+        return {PROCESS: _CUDA_CONTEXT, ALLOCATOR: round(_CUDA_SHARE * moving)}
+    return {
+        PROCESS: plan.imported + _CPU_FIXED,
+        ALLOCATOR: round(_CPU_SHARE * moving),
+    }

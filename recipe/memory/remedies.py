@@ -1,0 +1,154 @@
+"""What would make a run fit, each with what it costs in time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from recipe.data.tokens import TokenizedRow
+from recipe.memory.forecast import Forecast, Plan, forecast
+from recipe.memory.stand_in import checkpoints_activations
+from recipe.settings import Settings
+
+# What a byte of results costs beside an operation of a matrix product, at the rates of a GPU and
+# of a CPU: about 2 TB/s to 150 TFLOP/s, and 5 GB/s to 100 GFLOP/s.
+_FLOPS_A_BYTE = {"cuda": 75, "cpu": 20}
+_SHORTEST = 64
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """``overrides`` for the command line; ``time`` is what a token then takes, 1 being as now.
+
+    ``same`` tells whether it trains the same.
+    """
+
+    overrides: Sequence[str]
+    plan: Plan
+    forecast: Forecast
+    time: float
+    same: bool
+
+
+def remedies(plan: Plan, found: Forecast, *, room: int) -> list[Remedy]:
+    """Changes that bring the peak to ``room`` bytes, the quickest first; those that train the same
+    go before others that are as quick.
+
+    Where no single one suffices, all of them together, one after the other, until they do; nothing
+    where even these do not.
+    """
+    before = _cost(plan, found)
+    single = [_tried(one, before) for one in _candidates(plan)]
+    fitting = [one for one in single if one.forecast.peak <= room]
+    if fitting:
+        return sorted(fitting, key=lambda one: (round(one.time, 2), not one.same))
+    return _together(plan, found, room, before=before)
+
+
+def _together(plan: Plan, found: Forecast, room: int, *, before: float) -> list[Remedy]:
+    """Each time what saves most, until it fits."""
+    overrides: list[str] = []
+    same, now, ahead = True, plan, found
+    for _ in range(12):
+        tried = [_tried(one, before) for one in _candidates(now)]
+        best = min(tried, key=lambda one: one.forecast.peak, default=None)
+        if best is None or best.forecast.peak >= ahead.peak:
+            return []
+        kept = [one for one in overrides if _key(one) not in map(_key, best.overrides)]
+        overrides, same = [*kept, *best.overrides], same and best.same
+        now, ahead = best.plan, best.forecast
+        if ahead.peak <= room:
+            return [Remedy(overrides, now, ahead, best.time, same)]
+    return []
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+@dataclass(frozen=True)
+class _Change:
+    overrides: Sequence[str]
+    plan: Plan
+    same: bool
+
+
+def _tried(change: _Change, before: float) -> Remedy:
+    ahead = forecast(change.plan)
+    time = _cost(change.plan, ahead) / before
+    return Remedy(change.overrides, change.plan, ahead, time, change.same)
+
+
+def _cost(plan: Plan, found: Forecast) -> float:
+    """Of a token, in operations."""
+    tokens = sum(map(len, plan.rows))
+    return (found.trace.flops + _FLOPS_A_BYTE[plan.device] * found.trace.written) / tokens
+
+
+def _candidates(plan: Plan) -> Iterator[_Change]:
+    settings = plan.settings
+    training, model = settings.training, settings.model
+    if not checkpoints_activations(settings):
+        yield _training(plan, same=True, gradient_checkpointing=True)
+    batch = int(training.get("per_device_train_batch_size", 8))
+    if batch > 1 and len(plan.rows) > 1:
+        accumulation = int(training.get("gradient_accumulation_steps", 1))
+        smaller = _training(
+            plan,
+            same=True,
+            per_device_train_batch_size=batch // 2,
+            gradient_accumulation_steps=accumulation * 2
+            if batch % 2 == 0
+            else accumulation * batch,
+        )
+        rows = sorted(plan.rows, key=len, reverse=True)[: batch // 2]
+        yield replace(smaller, plan=replace(smaller.plan, rows=rows))
+    evaluated = int(training.get("per_device_eval_batch_size", 8))
+    if evaluated > 1 and len(plan.evaluated) > 1:
+        fewer = _training(plan, same=True, per_device_eval_batch_size=evaluated // 2)
+        rows = list(plan.evaluated)[: evaluated // 2]
+        yield replace(fewer, plan=replace(fewer.plan, evaluated=rows))
+    if "8bit" not in str(training.get("optim", "")):
+        yield _training(plan, same=False, optim="adamw_bnb_8bit")
+    if plan.device == "cuda" and model.quantization is None:
+        if model.dtype == "float32":
+            yield _model(plan, dtype="bfloat16")
+        yield _model(plan, quantization={"load_in_8bit": True})
+        four = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        }
+        yield _model(plan, quantization={**four, "bnb_4bit_compute_dtype": "bfloat16"})
+    longest = max(map(len, plan.rows), default=0)
+    if longest // 2 >= _SHORTEST:
+        yield _shorter(plan, longest // 2)
+
+
+def _training(plan: Plan, *, same: bool, **values: Any) -> _Change:
+    merged = {**plan.settings.training, **values}
+    settings = plan.settings.model_copy(update={"training": merged})
+    return _Change(_written("training", values), replace(plan, settings=settings), same)
+
+
+def _model(plan: Plan, **values: Any) -> _Change:
+    model = plan.settings.model.model_copy(update=values)
+    settings: Settings = plan.settings.model_copy(update={"model": model})
+    return _Change(_written("model", values), replace(plan, settings=settings), same=False)
+
+
+def _shorter(plan: Plan, length: int) -> _Change:
+    def cut(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:
+        return [TokenizedRow(r.index, r.input_ids[-length:], r.trained[-length:]) for r in rows]
+
+    shorter = replace(plan, rows=cut(plan.rows), evaluated=cut(plan.evaluated))
+    return _Change([f"data.max_length={length}", "data.too_long=drop"], shorter, same=False)
+
+
+def _written(section: str, values: dict[str, Any]) -> list[str]:
+    return [f"{section}.{key}={_yaml(value)}" for key, value in values.items()]
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,335 @@
+"""One micro-batch, forward and backward, on tensors without memory: every byte that would live.
+
+The run's own model, batch and loss are called, so that what they keep, compute again or leave out
+is in the count. Each result of each operation is followed until it is freed, as the allocator
+would; of what a kernel takes for itself inside, nothing is seen.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
+
+from recipe.data.batch import flatten
+from recipe.data.tokens import TokenizedRow
+from recipe.memory.stand_in import stand_in
+from recipe.model.attention import assumed_varlen
+from recipe.settings import Settings
+from recipe.training.head import OutputHead
+from recipe.training.loss import TokenLoss
+
+SAVED, RECOMPUTED, LOGITS, GRADIENTS, TEMPORARY = (
+    "saved activations",
+    "recomputation",
+    "logits and loss",
+    "gradients",
+    "temporaries",
+)
+K = TypeVar("K")
+# Two depths tell any other: each layer keeps, computes and takes the same.
+_DEPTHS = (2, 3)
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All in bytes, but ``flops``.
+
+    ``weights`` and ``trainable`` are by dtype; ``shapes`` counts trainable tensors;
+    ``layer_weights`` are those of one layer. ``peaks`` holds for each phase (forward, loss,
+    backward, evaluation) what lives at its peak beyond weights and optimizer state, by kind.
+    ``saved`` lives between forward and backward pass. ``flops`` are those of matrix products,
+    ``written`` the bytes of all results, of a micro-batch.
+    """
+
+    weights: Mapping[str, int]
+    trainable: Mapping[str, int]
+    shapes: Mapping[tuple[int, ...], int]
+    layer_weights: int
+    saved: int
+    flops: int
+    written: int
+    peaks: Mapping[str, Mapping[str, int]]
+
+    @property
+    def peak(self) -> Mapping[str, int]:
+        """Of the phase that takes most."""
+        return max(self.peaks.values(), key=lambda kinds: sum(kinds.values()))
+
+
+def traced(
+    config: LlamaConfig,
+    settings: Settings,
+    rows: Sequence[TokenizedRow],
+    *,
+    evaluated: Sequence[TokenizedRow] = (),
+    device: str,
+    share_openings: bool,
+) -> Trace:
+    """What the micro-batch ``rows`` takes.
+
+    Layers are alike, so two shallow models are followed and what a layer adds is multiplied; all
+    layers are, where the adapter is not the same in each.
+
+    Args:
+        evaluated: the largest batch of held-out rows.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: LoraConfig's fields do not fit the model.
+    """
+    depth = config.num_hidden_layers
+
+    def at(layers: int) -> Trace:
+        following = _Following(config, settings, device, share_openings)
+        return following.traced(rows, evaluated, layers=layers)
+
+    if depth <= _DEPTHS[-1] or _differs_by_layer(settings.lora):
+        return at(depth)
+    shallow, deeper = (at(layers) for layers in _DEPTHS)
+    return _extrapolated(shallow, deeper, times=depth - _DEPTHS[0])
+
+
+def _differs_by_layer(lora: Mapping[str, Any]) -> bool:
+    keys = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+    targets = lora.get("target_modules")
+    by_name = isinstance(targets, str) and targets != "all-linear"
+    listed = [] if targets is None or isinstance(targets, str) else targets
+    named = any("layers." in target for target in [*listed, *(lora.get("modules_to_save") or ())])
+    return by_name or named or any(lora.get(key) for key in keys)
+
+
+def _extrapolated(shallow: Trace, deeper: Trace, *, times: int) -> Trace:
+    def number(a: int, b: int) -> int:
+        return a + (b - a) * times
+
+    def each(a: Mapping[K, int], b: Mapping[K, int]) -> dict[K, int]:
+        return {key: number(a.get(key, 0), b.get(key, 0)) for key in (*b, *(set(a) - set(b)))}
+
+    return Trace(
+        weights=each(shallow.weights, deeper.weights),
+        trainable=each(shallow.trainable, deeper.trainable),
+        shapes=each(shallow.shapes, deeper.shapes),
+        layer_weights=deeper.layer_weights,
+        saved=number(shallow.saved, deeper.saved),
+        flops=number(shallow.flops, deeper.flops),
+        written=number(shallow.written, deeper.written),
+        peaks={name: each(shallow.peaks[name], deeper.peaks[name]) for name in deeper.peaks},
+    )
+
+
+@dataclass(frozen=True)
+class _Following:
+    config: LlamaConfig
+    settings: Settings
+    device: str
+    share_openings: bool
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        training = self.settings.training
+        if training.get("fp16"):
+            return torch.float16
+        return torch.bfloat16 if training.get("bf16") else None
+
+    def traced(
+        self, rows: Sequence[TokenizedRow], evaluated: Sequence[TokenizedRow], *, layers: int
+    ) -> Trace:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        model = stand_in(self.config, self.settings, mode=mode, device=self.device, layers=layers)
+        head = OutputHead(model, autocast=self.autocast, device=self.device)
+        head.assume_unscaled()
+        live = _LiveBytes([*model.parameters(), *model.buffers()])
+        accumulates = self.settings.training.get("gradient_accumulation_steps", 1) > 1
+        with mode, assumed_varlen(self._has_varlen(model)):
+            if accumulates:  # what the micro-batches before left
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
+                        live.known(parameter.grad, GRADIENTS)
+            saved = self._step(model, head, live, self._batch(rows, mode))
+            if evaluated:
+                self._evaluate(model, head, live, self._batch(evaluated, mode))
+        weights, trainable = _by_dtype(model, trained=False), _by_dtype(model, trained=True)
+        shapes = Counter(tuple(p.shape) for p in model.parameters() if p.requires_grad)
+        layer = sum(
+            p.numel() * p.element_size()
+            for p in model.get_base_model().model.layers[0].parameters()
+        )
+        return Trace(weights, trainable, shapes, layer, saved, live.flops, live.written, live.peaks)
+
+    def _has_varlen(self, model: PeftModel) -> bool:
+        """As ``attention`` decides on a card of Ampere or later."""
+        computed = self.autocast or model.get_base_model().model.embed_tokens.weight.dtype
+        head = getattr(self.config, "head_dim", None) or (
+            self.config.hidden_size // self.config.num_attention_heads
+        )
+        fits = head % 8 == 0 and head <= 256
+        return self.device == "cuda" and computed in (torch.float16, torch.bfloat16) and fits
+
+    def _batch(self, rows: Sequence[TokenizedRow], mode: FakeTensorMode) -> dict[str, Any]:
+        batch = flatten(rows, share_openings=self.share_openings)
+        return {
+            key: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()
+            if key != "row_indices"
+        }
+
+    def _step(
+        self, model: PeftModel, head: OutputHead, live: "_LiveBytes", batch: dict[str, Any]
+    ) -> int:
+        labels, loss_of = batch.pop("labels"), TokenLoss(head.nll)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda parameter: live.known(parameter.grad, GRADIENTS)
+                )
+        with live, self._computing():
+            with live.phase("forward"), head.apart(), live.saving():
+                out = model(**batch)
+            saved = live.by_kind[SAVED]
+            with live.phase("loss"):
+                loss = loss_of(out, labels, torch.tensor(1))
+                del out
+        with live, live.phase("backward"):
+            loss.backward()
+        return saved
+
+    def _evaluate(
+        self, model: PeftModel, head: OutputHead, live: "_LiveBytes", batch: dict[str, Any]
+    ) -> None:
+        labels = batch.pop("labels")
+        for parameter in model.parameters():
+            parameter.grad = None
+        model.eval()
+        flops, written = live.flops, live.written
+        with live, live.phase("evaluation"), torch.no_grad(), self._computing(), head.apart():
+            head.nll(model(**batch).logits[0], labels)
+        live.flops, live.written = flops, written
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Mixed precision; a CPU's casts what a GPU's does, as far as a Llama goes."""
+        with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=bool(self.autocast)):
+            yield
+
+
+def _by_dtype(model: PeftModel, *, trained: bool) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    tensors = [p for p in model.parameters() if p.requires_grad == trained]
+    if not trained:
+        tensors += model.buffers()
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        found[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
+    return dict(found)
+
+
+@dataclass
+class _Block:
+    nbytes: int
+    kind: str
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the memory behind the results of all operations until it is freed.
+
+    Args:
+        weights: what is there already, and is counted elsewhere.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.by_kind: Counter[str] = Counter()
+        self.peaks: dict[str, dict[str, int]] = {}
+        self.flops = self.written = 0
+        self._blocks: dict[int, _Block] = {}
+        self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
+        self._phase = ""
+        self._highest = -1
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            self.flops += _flops(*args[-2:], out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage())
+        return out
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What is made meanwhile is of this phase, and its peak is kept."""
+        self._phase, self._highest = name, -1
+        self._note_peak()
+        yield
+        self._phase = ""
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """What autograd keeps of the operations meanwhile is ``SAVED``."""
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            self._move(tensor.untyped_storage()._cdata, SAVED)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+
+    def known(self, tensor: torch.Tensor | None, kind: str) -> None:
+        """Say what a tensor is."""
+        if tensor is not None:
+            self._follow(tensor.untyped_storage())
+            self._move(tensor.untyped_storage()._cdata, kind)
+
+    def _move(self, key: int, kind: str) -> None:
+        block = self._blocks.get(key)
+        if block is not None and block.kind != kind:
+            self.by_kind[block.kind] -= block.nbytes
+            self.by_kind[kind] += block.nbytes
+            block.kind = kind
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._blocks or key in self._weights:
+            return
+        block = self._blocks[key] = _Block(storage.nbytes(), self._kind())
+        self.by_kind[block.kind] += block.nbytes
+        self.written += block.nbytes
+        weakref.finalize(storage, self._freed, key)
+        self._note_peak()
+
+    def _kind(self) -> str:
+        if self._phase == "backward":
+            # Only what is computed again builds a graph there.
+            return RECOMPUTED if torch.is_grad_enabled() else TEMPORARY
+        return LOGITS if self._phase == "loss" else TEMPORARY
+
+    def _note_peak(self) -> None:
+        total = self.by_kind.total()
+        if self._phase and total > self._highest:
+            self._highest = total
+            self.peaks[self._phase] = {kind: n for kind, n in self.by_kind.items() if n}
+
+    def _freed(self, key: int) -> None:
+        block = self._blocks.pop(key)
+        self.by_kind[block.kind] -= block.nbytes
+
+
+def _flops(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> int:
+    """Of a product (…, n, k) x (…, k, m), a multiplication and an addition each."""
+    return 2 * out.numel() * left.shape[-1]

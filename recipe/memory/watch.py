@@ -1,0 +1,104 @@
+"""Watches a run's memory, to say at its end what was forecast and what was measured."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recipe.data.tokens import TokenizedRow
+from recipe.memory.account import Measured, live_bytes
+from recipe.memory.probe import peak_memory, resident
+
+
+class MemoryWatch(TrainerCallback):
+    """Made before anything is loaded.
+
+    ``rows`` are those of the micro-batch that ``saving`` saw, the one with the most tokens;
+    ``imported`` are the bytes that the process held before.
+    """
+
+    def __init__(self) -> None:
+        self.imported = resident()
+        self.rows: Sequence[TokenizedRow] = ()
+        self._saved: dict[int, int] = {}
+        self._gradients = self._optimizer = 0
+
+    @contextmanager
+    def saving(self, rows: Sequence[TokenizedRow], model: PeftModel) -> Iterator[None]:
+        """Count what autograd keeps of a forward pass over ``rows``, weights aside."""
+        self.rows = rows
+        weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                self._saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PeftModel = None,
+        **_: Any,
+    ) -> None:
+        if not self._gradients:
+            self._gradients = live_bytes([p.grad for p in model.parameters() if p.grad is not None])
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        states = getattr(optimizer, "optimizer", optimizer).state  # accelerate's is a shell
+        self._optimizer = live_bytes(
+            [
+                tensor
+                for kept in states.values()
+                for name, tensor in kept.items()
+                if isinstance(tensor, torch.Tensor) and tensor.ndim and "qmap" not in name
+            ]
+        )
+
+    def measured(self, model: PeftModel) -> Measured | None:
+        """None where nothing was trained, as by a run that was taken up behind its last step, or
+        nothing was rehearsed.
+        """
+        if not self.rows or not self._gradients:
+            return None
+        frozen = [p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
+        frozen += _scales(model)
+        peak = peak_memory()
+        return Measured(
+            weights=live_bytes(frozen),
+            adapter=live_bytes([p for p in model.parameters() if p.requires_grad]),
+            gradients=self._gradients,
+            optimizer=self._optimizer,
+            saved=sum(self._saved.values()),
+            peak=peak.get("allocated", peak.get("resident", 0)),
+            reserved=peak.get("reserved"),
+        )
+
+
+def _scales(model: PeftModel) -> list[torch.Tensor]:
+    """Of weights in 4 or 8 bit, which bitsandbytes keeps beside them."""
+    found: list[torch.Tensor | None] = []
+    for module in model.modules():
+        found.append(getattr(getattr(module, "state", None), "SCB", None))
+        found.append(getattr(getattr(module, "weight", None), "SCB", None))
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        found += [
+            getattr(state, "absmax", None),
+            getattr(getattr(state, "state2", 0), "absmax", None),
+        ]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]

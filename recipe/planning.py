@@ -1,0 +1,272 @@
+"""What ``plan.py`` does: the rows that decide, the forecast, the cards it fits, and what would."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import psutil
+from transformers import LlamaConfig, TrainingArguments
+
+from recipe.data.batch import largest_batch
+from recipe.data.openings import shared_openings
+from recipe.data.tokens import TokenizedRow
+from recipe.memory.cards import CARDS, Card
+from recipe.memory.forecast import Forecast, Plan, forecast
+from recipe.memory.probe import resident
+from recipe.memory.remedies import Remedy, remedies
+from recipe.memory.sharding import Sharded, sharded
+from recipe.model.shapes import cached_folder, shape_of
+from recipe.run_data import load_data, share_openings
+from recipe.settings import Settings
+from recipe.training.arguments import training_arguments
+from recipe.training.disk import planned_steps
+from recipe.training.order import planned_micro_batches
+
+# Of the makers' rates; what good code reaches. Not measured here.
+_REACHED = 0.45
+# Where neither rows nor max_length say how long a row is.
+_ASSUMED_TOKENS = 512
+_COUNTED = 500  # micro-batches, of which the share of common openings is counted
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``plan`` is the micro-batch that decides on memory; of the whole run there are
+    ``computed_tokens`` in ``micro_batches``, or None where the rows are not here. ``described``
+    says where shape and rows are from.
+    """
+
+    plan: Plan
+    computed_tokens: int | None
+    micro_batches: int | None
+    described: Sequence[str]
+
+    def flops(self, found: Forecast) -> float | None:
+        """Of the matrix products of the whole run."""
+        if self.computed_tokens is None:
+            return None
+        own = _computed(self.plan.rows, share=self.plan.share_openings)
+        return found.trace.flops / own * self.computed_tokens
+
+
+def workload(settings: Settings, *, device: str) -> Workload:
+    """What ``settings`` make of memory, without weights and without a network.
+
+    Raises:
+        UserError: no shape is known for the checkpoint, or rows that are here do not fit it.
+    """
+    config, source = shape_of(settings.model)
+    described = [f"base      {settings.model.name_or_path}, {source}"]
+    share = share_openings(settings)
+    arguments = training_arguments(settings)
+    local = _local(settings)
+    if local is None:
+        rows, evaluated = _assumed(settings, config, arguments)
+        said = f"{len(rows)} rows of {len(rows[0]):,} tokens, all trained"
+        described.append(
+            f"rows      assumed: {said}. With the model's tokenizer in a local folder and the rows "
+            "in a local file they are counted."
+        )
+        plan = Plan(settings, config, rows, evaluated, device, share, resident())
+        return Workload(plan, None, None, described)
+    data = load_data(local)
+    rows = data.train.rows
+    batches = list(planned_micro_batches(rows, arguments))
+    longest = max(batches, key=lambda places: sum(len(rows[place]) for place in places))
+    decisive = [rows[place] for place in longest]
+    evaluated = largest_batch(data.held_out.rows, arguments.per_device_eval_batch_size)
+    tokens = sum(len(rows[place]) for places in batches for place in places)
+    kept = _kept_share(rows, batches) if share else 1.0
+    steps = planned_steps(arguments, len(rows))
+    described.append(
+        f"rows      {len(rows):,} of {settings.data.path} · {steps:,} steps, {tokens:,} tokens, "
+        f"{1 - kept:.0%} of them shared openings · the longest micro-batch has "
+        f"{sum(map(len, decisive)):,} in {len(decisive)} rows"
+    )
+    plan = Plan(settings, config, decisive, evaluated, device, share, resident())
+    return Workload(plan, round(kept * tokens), len(batches), described)
+
+
+def _local(settings: Settings) -> Settings | None:
+    """The settings with everything that rows need on this machine; None where some is elsewhere."""
+    name = settings.model.name_or_path
+    if not os.path.isdir(name):  # noqa: PTH112
+        cached = cached_folder(settings.model, "tokenizer.json")
+        if cached is None:
+            return None
+        name = str(cached)
+    if not os.path.isfile(settings.data.path):  # noqa: PTH113
+        return None
+    model = settings.model.model_copy(update={"name_or_path": name, "revision": None})
+    return settings.model_copy(update={"model": model})
+
+
+def _assumed(
+    settings: Settings, config: LlamaConfig, arguments: TrainingArguments
+) -> tuple[list[TokenizedRow], list[TokenizedRow]]:
+    context = int(config.max_position_embeddings)
+    tokens = min(settings.data.max_length or _ASSUMED_TOKENS, context)
+
+    def rows(count: int) -> list[TokenizedRow]:
+        # No two begin alike.
+        return [
+            TokenizedRow(n, np.full(tokens, n, dtype=np.int32), np.ones(tokens, dtype=np.bool_))
+            for n in range(count)
+        ]
+
+    held_out = arguments.per_device_eval_batch_size if settings.data.held_out else 0
+    return rows(arguments.per_device_train_batch_size), rows(held_out)
+
+
+def _kept_share(rows: Sequence[TokenizedRow], batches: Sequence[Sequence[int]]) -> float:
+    """Of the tokens, those that are computed where openings are shared."""
+    step = max(len(batches) // _COUNTED, 1)
+    counted = [[rows[place] for place in places] for places in islice(batches, 0, None, step)]
+    whole = sum(len(row) for batch in counted for row in batch)
+    return sum(_computed(batch, share=True) for batch in counted) / whole
+
+
+def _computed(rows: Sequence[TokenizedRow], *, share: bool) -> int:
+    opened = shared_openings(rows) if share else None
+    if opened is None:
+        return sum(map(len, rows))
+    return sum(len(one.row) - one.opening for one in opened)
+
+
+@dataclass(frozen=True)
+class Fits:
+    """A card, and whether the run fits; ``hours`` is None where the rows are not counted."""
+
+    card: Card
+    fits: bool
+    hours: float | None
+
+
+def on_cards(asked: Workload, found: Forecast, peak: int) -> list[Fits]:
+    """Every named card."""
+    flops, single = asked.flops(found), _computes_in_single(asked.plan)
+    return [
+        Fits(
+            card,
+            peak <= card.memory,
+            None
+            if flops is None
+            else flops / _REACHED / (card.single if single else card.half) / 3600,
+        )
+        for card in CARDS
+    ]
+
+
+def _computes_in_single(plan: Plan) -> bool:
+    training, model = plan.settings.training, plan.settings.model
+    mixed = training.get("fp16") or training.get("bf16")
+    return not mixed and model.dtype == "float32"
+
+
+def report(
+    asked: Workload, *, room: int | None, name: str, processes: int, strategy: str
+) -> tuple[list[str], dict[str, Any]]:
+    """Lines for the screen, and the same as JSON.
+
+    Args:
+        room: bytes that it must fit into; None is this machine's on a CPU, else no one card.
+        name: of what has so much room.
+        processes: that share the work, by ``strategy``.
+    """
+    found = forecast(asked.plan)
+    shards = sharded(found, processes=processes, strategy=strategy)
+    if room is None and asked.plan.device == "cpu":
+        room, name = int(psutil.virtual_memory().total), "this machine"
+    lines = [*asked.described, *_table(asked.plan, found, shards)]
+    content: dict[str, Any] = {
+        "settings": asked.plan.settings.name,
+        "device": asked.plan.device,
+        "peak": shards.peak,
+        "phase": found.phase,
+        "items": dict(shards.items),
+        "saved_activations": found.saved,
+        "flops_micro_batch": found.trace.flops,
+        "processes": processes,
+        "strategy": strategy,
+    }
+    if asked.plan.device == "cuda":
+        cards = on_cards(asked, found, shards.peak)
+        lines += _cards(cards, counted=asked.computed_tokens is not None)
+        content["cards"] = {one.card.name: one.fits for one in cards}
+    if room is not None:
+        fits = shards.peak <= room
+        told, ways = _room(asked.plan, found, shards, room=room, name=name)
+        lines += told
+        content |= {
+            "room": room,
+            "fits": fits,
+            "remedies": [
+                {"overrides": list(way.overrides), "peak": way.forecast.peak, "time": way.time,
+                 "same": way.same}
+                for way in ways
+            ],
+        }  # fmt: skip
+    return lines, content
+
+
+def _table(plan: Plan, found: Forecast, shards: Sharded) -> list[str]:
+    where = "a CUDA card" if plan.device == "cuda" else "this CPU, resident"
+    ranks = f", for each of {shards.processes} processes by {shards.strategy}"
+    lines = [
+        f"memory    {_gib(shards.peak)} on {where}{ranks if shards.processes > 1 else ''}, at the "
+        f"peak of the {found.phase}"
+    ]
+    lines += [f"          {_gib(n):>12}  {item}" for item, n in shards.items.items() if n]
+    return [*lines, *(f"          {note}" for note in found.notes)]
+
+
+def _cards(cards: Sequence[Fits], *, counted: bool) -> list[str]:
+    def shown(one: Fits) -> str:
+        hours = "" if one.hours is None else f" ({_hours(one.hours)})"
+        return f"{one.card.name}{hours}"
+
+    fit = [shown(one) for one in cards if one.fits]
+    lacking = [one.card.name for one in cards if not one.fits]
+    lines = [
+        f"fits      {', '.join(fit) or 'none of the named cards'}",
+        f"too small {', '.join(lacking) or 'none'}",
+    ]
+    if counted and fit:
+        lines.append(
+            f"          times at {_REACHED:.0%} of the maker's dense matrix rate, which is assumed"
+        )
+    return lines
+
+
+def _room(
+    plan: Plan, found: Forecast, shards: Sharded, *, room: int, name: str
+) -> tuple[list[str], list[Remedy]]:
+    if shards.peak <= room:
+        return [f"fits      into {name}, {_gib(room)}: {_gib(room - shards.peak)} to spare"], []
+    lines = [f"too large for {name}, {_gib(room)}, by {_gib(shards.peak - room)}"]
+    ways = remedies(plan, found, room=room) if shards.processes == 1 else []
+    if not ways:
+        return [*lines, "          nothing known here makes it fit: take a larger card"], ways
+    lines[0] += ". What makes it fit, quickest first:"
+    for way in ways:
+        changed = "" if way.same else " · trains otherwise"
+        lines.append(
+            f"          {_gib(way.forecast.peak):>10} · {way.time:.2f} of the time · "
+            f"{' '.join(map(_quoted, way.overrides))}{changed}"
+        )
+    return lines, ways
+
+
+def _quoted(override: str) -> str:
+    return f"'{override}'" if " " in override else override
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:,.0f} min"
