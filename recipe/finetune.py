@@ -16,9 +16,6 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from recipe.continuation import change, checkpoint_of, take_up, tidy, train
-from recipe.data.batch import largest_batch
-from recipe.memory.account import account, lines
-from recipe.memory.forecast import Plan, forecast
 from recipe.memory.probe import peak_memory
 from recipe.memory.watch import MemoryWatch
 from recipe.model.checkpoint import load_base, loaded_commit
@@ -26,6 +23,7 @@ from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
 from recipe.run_account import Run, conclusion, introduction, manifest_facts, receipt
 from recipe.run_data import Data, load_data, share_openings
+from recipe.run_memory import memory_told, what_takes_less
 from recipe.settings import Settings
 from recipe.sharing.adapter_folder import save_adapter
 from recipe.sharing.probes import Probe, encode_probes, make_probes, next_token_logits
@@ -38,6 +36,7 @@ from recipe.training.flow import FreshFolder, Rehearse
 from recipe.training.head import OutputHead
 from recipe.training.loss import TokenLoss
 from recipe.training.machine import check_machine
+from recipe.training.pace import Pace
 from recipe.training.plot import plot_loss
 from recipe.training.run_folder import (
     alone,
@@ -97,7 +96,8 @@ def finetune(
     """
     started = time.perf_counter()
     resumed = checkpoint_of(settings)
-    prepared = _prepare(settings, [*watchers, *([memory] if memory else [])])
+    pace = Pace(_speaker(main_process=os.environ.get("RANK", "0") == "0"))
+    prepared = _prepare(settings, [*watchers, pace, *([memory] if memory else [])])
     arguments, trainer, log = prepared.arguments, prepared.trainer, prepared.log
     changed: list[str] = []
     if resumed:
@@ -108,6 +108,7 @@ def finetune(
     arguments.output_dir, log.file = str(folder), folder / "metrics.jsonl"
     trainer.report_into(folder)
     run = Run(settings, arguments, prepared.data, trainer.model, prepared.base_sha256)
+    trainer.what_takes_less = what_takes_less(run)
     main_process = arguments.process_index == 0
     say, told = _speaker(main_process=main_process), list[str]()
     with alone(folder, needed=main_process), faults_told(folder):
@@ -125,7 +126,7 @@ def finetune(
             train(trainer, resumed)
             after = _held_out_perplexity(trainer)
             if main_process:
-                told = _memory(run, memory, folder) if memory else []
+                told = [*memory_told(run, memory, folder), *_pace(pace, folder)]
                 _note_unchanged(trainer, log)
                 _save(run, folder, base_says, prepared.initial)
                 _plot(run, folder)
@@ -250,25 +251,10 @@ def _begin(
     return before
 
 
-def _memory(run: Run, memory: MemoryWatch, folder: Path) -> list[str]:
-    """Forecast beside measured, into the manifest; and lines for the screen."""
-    found = memory.measured(run.model)
-    if found is None:
-        return []
-    data, arguments = run.data, run.arguments
-    ahead = forecast(
-        Plan(
-            run.settings,
-            run.model.config,
-            memory.rows,
-            largest_batch(data.held_out.rows, arguments.per_device_eval_batch_size),
-            device=arguments.device.type,
-            share_openings=share_openings(run.settings),
-            imported=memory.imported,
-        )
-    )
-    note_in_manifest(folder, memory=account(ahead, found))
-    return lines(ahead, found)
+def _pace(pace: Pace, folder: Path) -> list[str]:
+    """Forecast and measured time, into the manifest; and a line for the screen."""
+    note_in_manifest(folder, time=pace.account())
+    return pace.lines()
 
 
 def _save(

@@ -73,20 +73,20 @@ def workload(settings: Settings, *, device: str) -> Workload:
         plan = Plan(settings, config, rows, evaluated, device, share, resident())
         return Workload(plan, None, None, described)
     data = load_data(local)
-    rows = data.train.rows
-    batches = list(planned_micro_batches(rows, arguments))
-    longest = max(batches, key=lambda places: sum(len(rows[place]) for place in places))
-    decisive = [rows[place] for place in longest]
-    evaluated = largest_batch(data.held_out.rows, arguments.per_device_eval_batch_size)
-    tokens = sum(len(rows[place]) for places in batches for place in places)
-    kept = _kept_share(rows, batches) if share else 1.0
-    steps = planned_steps(arguments, len(rows))
+    trained = data.train.rows
+    batches = list(planned_micro_batches(trained, arguments))
+    longest = max(batches, key=lambda places: sum(len(trained[place]) for place in places))
+    decisive = [trained[place] for place in longest]
+    held_out = largest_batch(data.held_out.rows, arguments.per_device_eval_batch_size)
+    tokens = sum(len(trained[place]) for places in batches for place in places)
+    kept = _kept_share(trained, batches) if share else 1.0
+    steps = planned_steps(arguments, len(trained))
     described.append(
-        f"rows      {len(rows):,} of {settings.data.path} · {steps:,} steps, {tokens:,} tokens, "
+        f"rows      {len(trained):,} of {settings.data.path} · {steps:,} steps, {tokens:,} tokens, "
         f"{1 - kept:.0%} of them shared openings · the longest micro-batch has "
         f"{sum(map(len, decisive)):,} in {len(decisive)} rows"
     )
-    plan = Plan(settings, config, decisive, evaluated, device, share, resident())
+    plan = Plan(settings, config, decisive, held_out, device, share, resident())
     return Workload(plan, round(kept * tokens), len(batches), described)
 
 

@@ -13,6 +13,7 @@ from recipe.settings import Settings
 # of a CPU: about 2 TB/s to 150 TFLOP/s, and 5 GB/s to 100 GFLOP/s.
 _FLOPS_A_BYTE = {"cuda": 75, "cpu": 20}
 _SHORTEST = 64
+_NOTABLE = 0.95
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Remedy:
 
 
 def remedies(plan: Plan, found: Forecast, *, room: int) -> list[Remedy]:
-    """Changes that bring the peak to ``room`` bytes, the quickest first; those that train the same
-    go before others that are as quick.
+    """Changes that bring the peak to ``room`` bytes: those that train the same, the quickest first,
+    then others, likewise.
 
     Where no single one suffices, all of them together, one after the other, until they do; nothing
     where even these do not.
@@ -40,8 +41,19 @@ def remedies(plan: Plan, found: Forecast, *, room: int) -> list[Remedy]:
     single = [_tried(one, before) for one in _candidates(plan)]
     fitting = [one for one in single if one.forecast.peak <= room]
     if fitting:
-        return sorted(fitting, key=lambda one: (round(one.time, 2), not one.same))
+        return _ranked(fitting)
     return _together(plan, found, room, before=before)
+
+
+def smaller(plan: Plan, found: Forecast) -> list[Remedy]:
+    """Single changes that take a twentieth less or better, the quickest first."""
+    before = _cost(plan, found)
+    tried = [_tried(one, before) for one in _candidates(plan)]
+    return _ranked([one for one in tried if one.forecast.peak <= _NOTABLE * found.peak])
+
+
+def _ranked(ways: list[Remedy]) -> list[Remedy]:
+    return sorted(ways, key=lambda one: (not one.same, round(one.time, 2), one.forecast.peak))
 
 
 def _together(plan: Plan, found: Forecast, room: int, *, before: float) -> list[Remedy]:

@@ -205,7 +205,7 @@ class _Following:
                 loss = loss_of(out, labels, torch.tensor(1))
                 del out
         with live, live.phase("backward"):
-            loss.backward()
+            torch.autograd.backward(loss)
         return saved
 
     def _evaluate(
@@ -243,7 +243,7 @@ class _Block:
     kind: str
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the memory behind the results of all operations until it is freed.
 
     Args:
@@ -251,7 +251,7 @@ class _LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.by_kind: Counter[str] = Counter()
         self.peaks: dict[str, dict[str, int]] = {}
         self.flops = self.written = 0
@@ -265,7 +265,7 @@ class _LiveBytes(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in _PRODUCTS:
-            self.flops += _flops(*args[-2:], out)
+            self.flops += 2 * out.numel() * args[-2].shape[-1]  # (…, n, k) x (…, k, m)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._follow(tensor.untyped_storage())
@@ -328,8 +328,3 @@ class _LiveBytes(TorchDispatchMode):
     def _freed(self, key: int) -> None:
         block = self._blocks.pop(key)
         self.by_kind[block.kind] -= block.nbytes
-
-
-def _flops(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> int:
-    """Of a product (…, n, k) x (…, k, m), a multiplication and an addition each."""
-    return 2 * out.numel() * left.shape[-1]

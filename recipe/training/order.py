@@ -1,7 +1,7 @@
 """Which rows go together: the micro-batches of a run, in the order in which it takes them."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from torch import nn
@@ -11,23 +11,29 @@ from recipe.data.tokens import TokenizedRow
 from recipe.training.disk import planned_steps
 
 
-def micro_batches(loader: Any, *, steps: int, accumulation: int) -> Iterator[list[int]]:
-    """Places of the rows of each micro-batch of this process.
+def steps_of(loader: Any, *, steps: int, accumulation: int) -> Iterator[list[list[int]]]:
+    """Of each optimizer step its micro-batches on this process, as places of their rows.
 
     Args:
         loader: the Trainer's own; its epoch is set.
-        steps: optimizer steps of the run, of ``accumulation`` micro-batches at most.
+        steps: of the whole run.
+        accumulation: micro-batches a step; the last step of an epoch may have fewer.
     """
-    left, epoch = steps * accumulation, 0
-    while left > 0:
+    epoch = 0
+    while steps > 0:
         loader.set_epoch(epoch)
-        batches = [list(places) for places in islice(loader.batch_sampler, left)]
+        batches = [list(places) for places in islice(loader.batch_sampler, steps * accumulation)]
         if not batches:
             return
-        yield from batches
-        # The last step of an epoch may have fewer micro-batches than the others.
-        left -= -(-len(batches) // accumulation) * accumulation
+        for start in range(0, len(batches), accumulation):
+            yield batches[start : start + accumulation]
+            steps -= 1
         epoch += 1
+
+
+def micro_batches(loader: Any, *, steps: int, accumulation: int) -> Iterator[list[int]]:
+    """The micro-batches of all steps; see ``steps_of``."""
+    return chain.from_iterable(steps_of(loader, steps=steps, accumulation=accumulation))
 
 
 def planned_micro_batches(

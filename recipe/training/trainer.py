@@ -9,8 +9,8 @@ import atexit
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class TokenWeightedTrainer(Trainer):
         self._finite = finite
         self._log = log
         self._head = head
+        # Rows, by their index, and whether they are evaluated → what to do where memory lacks.
+        self.what_takes_less: Callable[[Sequence[int], bool], str] | None = None
 
     def training_step(
         self,
@@ -71,7 +73,7 @@ class TokenWeightedTrainer(Trainer):
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            remedy = "Lower training.per_device_eval_batch_size" if evaluating else self._smaller()
+            remedy = self._smaller(rows, evaluating=evaluating)
             step, then = self.state.global_step, how_to_continue(Path(self.args.output_dir))
             self._log.stop(
                 f"out of memory with {tokens:,} tokens at a time ({in_words(rows)}), after step "
@@ -79,16 +81,12 @@ class TokenWeightedTrainer(Trainer):
                 + (f" Then, with that and --allow-changed: {then}" if step else "")
             )
 
-    def _smaller(self) -> str:
-        batch, ways = self.args.per_device_train_batch_size, ["set a lower data.max_length"]
-        if not self.args.activation_checkpointing:
-            ways.append("set training.gradient_checkpointing=true")
-        if batch > 1:
-            ways.append(
-                f"halve training.per_device_train_batch_size (now {batch}) and double "
-                "training.gradient_accumulation_steps, which trains the same"
-            )
-        return "Either of these: " + "; ".join(reversed(ways))
+    def _smaller(self, rows: list[int], *, evaluating: bool) -> str:
+        if self.what_takes_less is not None:
+            with suppress(Exception):  # a remedy is worth no second error
+                return self.what_takes_less(rows, evaluating)
+        which = "eval" if evaluating else "train"
+        return f"Lower training.per_device_{which}_batch_size"
 
     def compute_loss(self, *args: Any, **named: Any) -> Any:
         with self._head.apart():
