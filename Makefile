@@ -30,8 +30,8 @@ STARTER := models/smollm2-135m-instruct
 # Loading never asks a hub for what lies on this disk; nothing here sends usage statistics.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup train prove compare demo infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
-        bench-starter bench-verdict bench-decoding bench-adapter bench-exactness \
+.PHONY: help setup train prove plan study compare demo infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
+        bench-starter bench-verdict bench-forecast bench-decoding bench-adapter bench-exactness \
         bench bench-gpu bench-compile bench-start clean
 
 help: ## print this list
@@ -44,6 +44,12 @@ train: setup ## fine-tune: CONFIG=starter.yaml ARGS="training.num_train_epochs=1
 
 prove: setup ## hold what is claimed against stock code, on your config: CONFIG, ARGS as in train
 	@$(PY) recipe/prove.py --config $(CONFIG) $(ARGS)
+
+plan: setup ## will it fit, and what would make it fit? CONFIG, ARGS="--card 24 --processes 8", no weights needed
+	@$(PY) recipe/plan.py --config $(CONFIG) $(ARGS)
+
+study: setup ## what each technique costs and buys, measured here: LESSON=checkpointing, or ARGS="--arms lora"
+	@$(PY) recipe/study.py $(if $(LESSON),--lesson $(LESSON),--config study.yaml) $(ARGS)
 
 compare: setup ## did it learn, memorise or forget? base and tuned side by side, report.html: RUN=runs/x, ARGS
 	@$(PY) recipe/compare.py $(if $(RUN),--run "$(RUN)") $(ARGS)
@@ -117,6 +123,9 @@ bench-starter: setup .venv/.dev ## tuned against base on the held-out starter ro
 
 bench-verdict: setup .venv/.dev ## compare's verdict on runs whose truth is known, 3 seeds
 	@$(PY) -m tests.benchmarks.verdicts $(ARGS)
+
+bench-forecast: setup .venv/.dev ## forecast and measured peak memory of 24 runs, some 25 minutes
+	@$(PY) -m tests.benchmarks.forecast $(ARGS)
 
 bench-decoding: setup .venv/.dev ## speed of decoding against transformers' generate
 	@$(PY) -m tests.benchmarks.decoding $(ARGS)

@@ -23,6 +23,7 @@ from recipe.run_data import load_data, share_openings
 from recipe.settings import Settings
 from recipe.training.arguments import training_arguments
 from recipe.training.disk import planned_steps
+from recipe.training.machine import check_ordinary
 from recipe.training.order import planned_micro_batches
 
 # Of the makers' rates; what good code reaches. Not measured here.
@@ -58,6 +59,7 @@ def workload(settings: Settings, *, device: str) -> Workload:
     Raises:
         UserError: no shape is known for the checkpoint, or rows that are here do not fit it.
     """
+    check_ordinary(settings)
     config, source = shape_of(settings.model)
     described = [f"base      {settings.model.name_or_path}, {source}"]
     share = share_openings(settings)

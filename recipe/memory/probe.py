@@ -2,9 +2,11 @@
 
 import resource
 import sys
+from collections.abc import Callable
 
 import psutil
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory() -> dict[str, int]:
@@ -30,3 +32,23 @@ def in_words(peak: dict[str, int]) -> str:
 def resident() -> int:
     """Bytes of this process that are in memory now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def allocated_peak(step: Callable[[], None]) -> int:
+    """Bytes that the allocator hands out at most while ``step`` runs, beyond those that are out
+    when it begins: by CUDA's own counters, or by torch's profiler, which a CPU's tells.
+    """
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    # Its public tables add up what an operation took and gave back; peaks need the order.
+    events = found.profiler.kineto_results.events()
+    now = peak = 0
+    for _, count in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        now += count
+        peak = max(peak, now)
+    return peak

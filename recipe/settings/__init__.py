@@ -17,6 +17,7 @@ from recipe.settings.schema import (
     JudgingSettings,
     ModelSettings,
     Settings,
+    StudySettings,
     is_repo_id,
     plain,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "RunFailed",
     "Settings",
     "Stopped",
+    "StudySettings",
     "UserError",
     "dump",
     "file_objection",

@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from recipe.settings.schema import HubSettings, JudgingSettings, Settings, plain
+from recipe.settings.schema import HubSettings, JudgingSettings, Settings, StudySettings, plain
 from recipe.settings.yaml_text import plain_scalar
 
 # They belong to one run, and the file is there to start another.
@@ -26,6 +26,8 @@ def dump(settings: Settings) -> str:
         values["judging"] = _given(settings.judging)
     if settings.hub != HubSettings():
         values["hub"] = _given(settings.hub)
+    if settings.study != StudySettings():
+        values["study"] = _given(settings.study)
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -14,6 +14,7 @@ from recipe.settings.schema import (
     JudgingSettings,
     ModelSettings,
     Settings,
+    StudySettings,
 )
 from recipe.settings.yaml_text import one_line, read
 
@@ -103,6 +104,7 @@ def _settings(values: dict[str, Any]) -> Settings:
         training=values.get("training") or {},
         judging=JudgingSettings(**(values.get("judging") or {})),
         hub=HubSettings(**(values.get("hub") or {})),
+        study=StudySettings(**(values.get("study") or {})),
     )
 
 

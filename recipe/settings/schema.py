@@ -167,6 +167,28 @@ class JudgingSettings(_Section):
     )
 
 
+class StudySettings(_Section):
+    """What ``study.py`` measures; the last three keys are how an arm differs from any run."""
+
+    arms: Mapping[NonEmpty, list[str]] | None = Field(
+        default=None, description="Name of each arm, and its overrides, such as [lora.r=8]."
+    )
+    ladder: list[str] | None = Field(
+        default=None, description="Arms that build on one another, in their order."
+    )
+    train: Literal["adapter", "everything"] = Field(
+        default="adapter", description="everything: the base's own weights, without an adapter."
+    )
+    logits: Literal["chunked", "whole"] = Field(
+        default="chunked", description="whole: of all kept positions at once, as stock code does."
+    )
+    checkpoint: Literal["feed_forward"] | None = Field(
+        default=None,
+        description="feed_forward: compute only the feed-forward parts again, re-entrant, as the "
+        "course reports did.",
+    )
+
+
 class Settings(_Section):
     """One run. ``lora`` and ``training`` hold what the config says, without library defaults."""
 
@@ -180,6 +202,7 @@ class Settings(_Section):
     )
     judging: JudgingSettings = Field(default_factory=JudgingSettings)
     hub: HubSettings = Field(default_factory=HubSettings)
+    study: StudySettings = Field(default_factory=StudySettings)
 
 
 def options_of(model: type[BaseModel]) -> dict[str, Option]:

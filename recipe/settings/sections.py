@@ -16,10 +16,11 @@ from recipe.settings.schema import (
     ModelSettings,
     NonEmpty,
     Settings,
+    StudySettings,
     options_of,
 )
 
-SECTIONS = ("model", "data", "lora", "training", "judging", "hub")
+SECTIONS = ("model", "data", "lora", "training", "judging", "hub", "study")
 _LISTED_KEYS = 12
 _SECRETS = ("token", "api_key")
 
@@ -42,6 +43,8 @@ def options(section: str) -> Mapping[str, Option]:
             return options_of(JudgingSettings)
         case "hub":
             return options_of(HubSettings)
+        case "study":
+            return options_of(StudySettings)
     raise KeyError(section)
 
 

@@ -35,6 +35,7 @@ class OutputHead:
     Args:
         autocast: the dtype that mixed precision computes in; None where the weights' own is used.
         device: ``cpu`` or ``cuda`` decides on the size of a chunk; None is that of the weights.
+        whole: let the model apply a frozen head as ever, too.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class OutputHead:
         model: PeftModel,
         autocast: torch.dtype | None = None,
         device: str | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self._model = model.get_base_model()
         head = self._model.get_output_embeddings()
-        self._frozen = head if _applies_alone(head) else None
+        self._frozen = head if _applies_alone(head) and not whole else None
         self._dtype = autocast
         self._device = device or head.weight.device.type
         self._scale: float | None = None

@@ -7,7 +7,7 @@ import psutil
 import torch
 from transformers import TrainingArguments
 
-from recipe.settings import Problem, Settings, UserError
+from recipe.settings import Problem, Settings, StudySettings, UserError
 from recipe.training.arguments import world_size
 
 
@@ -17,6 +17,7 @@ def check_machine(settings: Settings) -> None:
     Raises:
         UserError: with every mismatch between config, launcher and machine.
     """
+    check_ordinary(settings)
     checks: list[Callable[[Settings], Problem | None]] = [
         _fp16_needs_an_accelerator,
         _bf16_on_cpu_is_said,
@@ -28,6 +29,22 @@ def check_machine(settings: Settings) -> None:
     problems = [problem for check in checks if (problem := check(settings))]
     if problems:
         raise UserError(problems)
+
+
+def check_ordinary(settings: Settings) -> None:
+    """Refuse what only an arm of a study may be.
+
+    Raises:
+        UserError: ``study:`` asks for another run than the recipe trains.
+    """
+    asked, ordinary = settings.study, StudySettings()
+    for key in ("train", "logits", "checkpoint"):
+        value = getattr(asked, key)
+        if value != getattr(ordinary, key):
+            raise UserError.single(
+                f"study.{key}",
+                f"{value} is for recipe/study.py, which measures and keeps nothing. Leave it out.",
+            )
 
 
 def device_name(arguments: TrainingArguments) -> str:

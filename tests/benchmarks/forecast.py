@@ -161,9 +161,9 @@ def run(config: str, overrides: Sequence[str]) -> None:
 
     quiet_libraries()
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from recipe.finetune import finetune
+    from recipe.memory.probe import allocated_peak
     from recipe.memory.watch import MemoryWatch
     from recipe.rehearsal import rehearse
     from recipe.settings import load_settings
@@ -179,16 +179,14 @@ def run(config: str, overrides: Sequence[str]) -> None:
     (trainer,) = trainers
     micro_batches = min(trainer.args.gradient_accumulation_steps, 2)
     trainer.model.zero_grad(set_to_none=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+
+    def step() -> None:
         for _ in range(micro_batches):
             trainer.rehearse_step(watch.rows)
         trainer.optimizer.step()
         trainer.model.zero_grad(set_to_none=True)
-    events = found.profiler.kineto_results.events()
-    now = peak = 0
-    for _, count in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        now += count
-        peak = max(peak, now)
+
+    peak = allocated_peak(step)
     static = sum(memory["items"][name]["measured"] for name in STATIC)
     print(json.dumps({**memory, "profiler": static + peak, "torch": torch.__version__}))
 

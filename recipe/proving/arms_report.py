@@ -1,0 +1,158 @@
+"""What the arms of a study came to: a table of ratios, the ladder, and memory against speed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Arms = Mapping[str, Mapping[str, Any]]
+
+KINDS = ("weights", "gradients", "optimizer", "activations")
+_REST = "logits, temporaries"
+_HATCHES = {"weights": "", "gradients": "//", "optimizer": "..", "activations": "xx", _REST: ""}
+_COLOURS = {
+    "weights": "#7f8c9b",
+    "gradients": "#d95f02",
+    "optimizer": "#e6ab02",
+    "activations": "#1b7fa8",
+    _REST: "#d9d9d9",
+}
+# A line on each technique, by the last part of an arm's name.
+_REASONS = {
+    "lora": "gradients and optimizer state are of the adapter alone; the frozen weights need none, "
+    "but activations stay, as gradients flow through all layers",
+    "accumulation": "a smaller micro-batch keeps fewer activations; the sum of gradients, and with "
+    "it what is learned, is the same; gradients live longer",
+    "checkpointing": "activations within a layer are computed again instead of kept; gradients are "
+    "as large as before, though the reports say that it saves these",
+    "feed-forward checkpointing": "the same for the feed-forward part alone, as the reports did "
+    "it: attention's activations stay",
+    "8-bit optimizer": "Adam's two moments take a byte a parameter each, with a scale a block",
+    "bfloat16": "weights, gradients and activations take half; without master weights small "
+    "updates are lost; a CPU without such units is slow",
+    "chunked loss": "the logits of all positions, and their gradient, never exist at once",
+    "shared openings": "what rows begin with alike is computed and kept once",
+    "8-bit base": "a byte a weight; the layers' inputs are kept once more in 16 bit",
+    "4-bit base": "half a byte a weight and its scales; weights are made whole for each product",
+}
+
+
+def base_of(name: str) -> str | None:
+    """The arm that ``name`` changes in one thing; None for the first one."""
+    before, comma, _ = name.rpartition(", ")
+    if comma:
+        return before
+    return "full" if name == "lora" else None
+
+
+def table(arms: Arms) -> list[str]:
+    """Markdown: bytes of each arm, and then each technique against the arm that lacks it."""
+    sizes = ("weights, MiB", *KINDS[1:], "peak")
+    rows: list[tuple[str, ...]] = [("arm", *sizes, "ms a token", "tokens", "held-out loss")]
+    for name, arm in arms.items():
+        loss = arm["held_out_loss"]
+        rows.append(
+            (
+                name,
+                *(_mib(arm["bytes"][kind]) for kind in (*KINDS, "allocated")),
+                f"{1000 * _token_seconds(arm):.2f}",
+                f"{arm['tokens']:,}",
+                f"{loss['before']:.3f} → {loss['after']:.3f}",
+            )
+        )
+    return [*_markdown(rows), "", *_markdown(_ratios(arms))]
+
+
+def _ratios(arms: Arms) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        ("technique, alone", *KINDS, "peak", "time a token", "because"),
+    ]
+    for name, arm in arms.items():
+        base = arms.get(base_of(name) or "")
+        if base is None:
+            continue
+        ratios = (arm["bytes"][kind] / base["bytes"][kind] for kind in (*KINDS, "allocated"))
+        time = _token_seconds(arm) / _token_seconds(base)
+        reason = _REASONS.get(name.rpartition(", ")[2], "")
+        rows.append((name, *(f"×{ratio:.2f}" for ratio in ratios), f"×{time:.2f}", reason))
+    return rows
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def ladder(arms: Arms, rungs: Sequence[str]) -> Figure:
+    """Stacked bars, MiB, of the arms that build on one another."""
+    there = [name for name in rungs if name in arms]
+    figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    bottom = [0.0] * len(there)
+    for kind in (*KINDS, _REST):
+        heights = [_part(arms[name]["bytes"], kind) / 2**20 for name in there]
+        axes.barh(
+            there,
+            heights,
+            left=bottom,
+            label=kind,
+            color=_COLOURS[kind],
+            hatch=_HATCHES[kind],
+            edgecolor="white",
+            linewidth=0.5,
+        )
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    for place, total in enumerate(bottom):
+        axes.text(total, place, f" {total:,.0f}", va="center")
+    axes.invert_yaxis()
+    axes.set(xlabel="MiB allocated at the peak of a step", title="Each rung adds to the one above")
+    axes.set_xlim(right=1.1 * max(bottom, default=1))
+    axes.legend(loc="lower right")
+    return figure
+
+
+def memory_against_speed(arms: Arms) -> Figure:
+    """A point an arm, both axes from zero."""
+    figure = Figure(figsize=(9, 6), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for number, (name, arm) in enumerate(arms.items(), start=1):
+        x, y = 1000 * _token_seconds(arm), arm["bytes"]["allocated"] / 2**20
+        marker = "s" if name.startswith("full") else "^" if name.startswith("ladder") else "o"
+        axes.scatter(x, y, marker=marker, label=f"{number} {name}", s=40)
+        axes.annotate(str(number), (x, y), textcoords="offset points", xytext=(6, 4))
+    axes.set(
+        xlabel="ms a token", ylabel="MiB allocated at the peak of a step", xlim=(0, None),
+        ylim=(0, None), title="Memory against time: down and left is better",
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def write(arms: Arms, rungs: Sequence[str], folder: Path) -> list[Path]:
+    """The table and both figures."""
+    files = [folder / "study.md", folder / "ladder.png", folder / "memory_speed.png"]
+    files[0].write_text("\n".join(table(arms)) + "\n")
+    ladder(arms, rungs).savefig(files[1])
+    memory_against_speed(arms).savefig(files[2])
+    return files
+
+
+def _part(sizes: Mapping[str, int], kind: str) -> float:
+    """Of the peak. Gradients are not all there while activations are, where they do not accumulate:
+    what the parts sum to beyond the peak is taken from them.
+    """
+    parts = sum(sizes[name] for name in KINDS)
+    beyond = max(parts - sizes["allocated"], 0)
+    if kind == _REST:
+        return max(sizes["allocated"] - parts, 0)
+    return sizes[kind] - (beyond if kind == "gradients" else 0)
+
+
+def _token_seconds(arm: Mapping[str, Any]) -> float:
+    return float(arm["seconds"] / arm["tokens"])
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f}"
