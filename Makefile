@@ -31,7 +31,7 @@ STARTER := models/smollm2-135m-instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help setup train prove plan study compare demo infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
-        bench-starter bench-verdict bench-forecast bench-decoding bench-adapter bench-exactness \
+        bench-starter bench-verdict bench-forecast bench-published bench-decoding bench-adapter bench-exactness \
         bench bench-gpu bench-compile bench-start clean
 
 help: ## print this list
@@ -126,6 +126,9 @@ bench-verdict: setup .venv/.dev ## compare's verdict on runs whose truth is know
 
 bench-forecast: setup .venv/.dev ## forecast and measured peak memory of 24 runs, some 25 minutes
 	@$(PY) -m tests.benchmarks.forecast $(ARGS)
+
+bench-published: setup .venv/.dev ## what others measured of Llama-2-7B beside what plan forecasts, no GPU needed
+	@$(PY) -m tests.benchmarks.published
 
 bench-decoding: setup .venv/.dev ## speed of decoding against transformers' generate
 	@$(PY) -m tests.benchmarks.decoding $(ARGS)

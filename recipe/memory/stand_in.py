@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipe.model import attention
+from recipe.model.feed_forward import checkpoint_feed_forward
 from recipe.model.lora import add_lora
 from recipe.settings import Settings, plain
 
@@ -58,6 +59,8 @@ def stand_in(
         model.get_base_model().tie_weights()
     if checkpoints_activations(settings):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.study.checkpoint == "feed_forward":
+        checkpoint_feed_forward(model)
     model.get_base_model().disable_input_require_grads()
     model.train()
     return model

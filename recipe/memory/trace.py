@@ -150,7 +150,8 @@ class _Following:
     ) -> Trace:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = stand_in(self.config, self.settings, mode=mode, device=self.device, layers=layers)
-        head = OutputHead(model, autocast=self.autocast, device=self.device)
+        whole = self.settings.study.logits == "whole"
+        head = OutputHead(model, autocast=self.autocast, device=self.device, whole=whole)
         head.assume_unscaled()
         live = _LiveBytes([*model.parameters(), *model.buffers()])
         accumulates = self.settings.training.get("gradient_accumulation_steps", 1) > 1

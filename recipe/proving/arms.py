@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -19,6 +17,7 @@ from transformers import (
 from recipe.memory.probe import allocated_peak, peak_memory
 from recipe.memory.watch import MemoryWatch
 from recipe.model.checkpoint import load_base
+from recipe.model.feed_forward import checkpoint_feed_forward
 from recipe.model.lora import add_lora
 from recipe.run_data import load_data, share_openings
 from recipe.settings import Settings
@@ -116,7 +115,7 @@ def _prepared(
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".lora_" not in name
     if settings.study.checkpoint == "feed_forward":
-        _checkpoint_feed_forward(model)
+        checkpoint_feed_forward(model)
     whole = settings.study.logits == "whole"
     head = OutputHead(model, autocast=autocast_dtype(arguments), whole=whole)
     loss = TokenLoss(head.nll)
@@ -132,21 +131,6 @@ def _prepared(
         share_openings=share_openings(settings),
     )
     return trainer, log
-
-
-def _checkpoint_feed_forward(model: PeftModel) -> None:
-    """As the course reports wrote it: re-entrant, around the feed-forward part of each layer."""
-
-    def again(forward: Any) -> Any:
-        def computed(x: torch.Tensor) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(x)
-            return checkpoint(forward, x, use_reentrant=True)
-
-        return computed
-
-    for layer in model.get_base_model().model.layers:
-        layer.mlp.forward = again(layer.mlp.forward)
 
 
 def _batches(trainer: TokenWeightedTrainer) -> list[list[Any]]:
