@@ -30,6 +30,7 @@ from recipe.training.order import planned_micro_batches
 _REACHED = 0.45
 # Where neither rows nor max_length say how long a row is.
 _ASSUMED_TOKENS = 512
+_SHOWN_FROM = 2**30 // 200  # bytes that are 0.00 GiB no more
 _COUNTED = 500  # micro-batches, of which the share of common openings is counted
 
 
@@ -63,7 +64,7 @@ def workload(settings: Settings, *, device: str) -> Workload:
     config, source = shape_of(settings.model)
     described = [f"base      {settings.model.name_or_path}, {source}"]
     share = share_openings(settings)
-    arguments = training_arguments(settings)
+    arguments = _arguments(settings)
     local = _local(settings)
     if local is None:
         rows, evaluated = _assumed(settings, config, arguments)
@@ -90,6 +91,14 @@ def workload(settings: Settings, *, device: str) -> Workload:
     )
     plan = Plan(settings, config, decisive, held_out, device, share, resident())
     return Workload(plan, round(kept * tokens), len(batches), described)
+
+
+def _arguments(settings: Settings) -> TrainingArguments:
+    """As far as rows go: transformers refuses a precision that this machine has not."""
+    precisions = ("fp16", "bf16", "tf32")
+    kept = {key: value for key, value in settings.training.items() if key not in precisions}
+    here = settings.model_copy(update={"training": {**kept, "use_cpu": True}})
+    return training_arguments(here)
 
 
 def _local(settings: Settings) -> Settings | None:
@@ -221,7 +230,9 @@ def _table(plan: Plan, found: Forecast, shards: Sharded) -> list[str]:
         f"memory    {_gib(shards.peak)} on {where}{ranks if shards.processes > 1 else ''}, at the "
         f"peak of the {found.phase}"
     ]
-    lines += [f"          {_gib(n):>12}  {item}" for item, n in shards.items.items() if n]
+    lines += [
+        f"          {_gib(n):>12}  {item}" for item, n in shards.items.items() if n > _SHOWN_FROM
+    ]
     return [*lines, *(f"          {note}" for note in found.notes)]
 
 

@@ -130,7 +130,8 @@ def _candidates(plan: Plan) -> Iterator[_Change]:
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
         }
-        yield _model(plan, quantization={**four, "bnb_4bit_compute_dtype": "bfloat16"})
+        half = "float16" if training.get("fp16") or model.dtype == "float16" else "bfloat16"
+        yield _model(plan, quantization={**four, "bnb_4bit_compute_dtype": half})
     longest = max(map(len, plan.rows), default=0)
     if longest // 2 >= _SHORTEST:
         yield _shorter(plan, longest // 2)

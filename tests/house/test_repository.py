@@ -28,7 +28,7 @@ def test_no_name_in_recipe_shadows_a_library():
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_each_config_is_valid_short_and_introduced(config):
     text = config.read_text()
-    assert len(text.splitlines()) <= 40
+    assert len(text.splitlines()) <= (40 if "study:" not in text else 60)
     assert re.search(r"# Hardware:(.|\n#)*20\d\d-\d\d-\d\d", text), "measured when?"
     for word in ("# Trains:", "# Hardware:", "# Launch:", "# Override:"):
         assert word in text
@@ -136,9 +136,13 @@ def dangers_of_call(node):
 
 
 def is_command(arguments):
-    """A list that begins with the name of a program."""
+    """A list that begins with the name of a program, or with Python itself."""
     return any(
-        isinstance(argument, ast.List) and isinstance(argument.elts[0], ast.Constant)
+        isinstance(argument, ast.List)
+        and (
+            isinstance(argument.elts[0], ast.Constant)
+            or dotted(argument.elts[0]) == "sys.executable"
+        )
         for argument in arguments
     )
 

@@ -59,9 +59,9 @@ def test_nothing_of_it_stays(config, tmp_path, capsys, overrides):
 def test_it_takes_the_longest_micro_batch_of_the_run(config, monkeypatch):
     taken, seen = [], []
 
-    def step(self, rows):
+    def step(self, rows, forward):
         taken.append(sorted(row.index for row in rows))
-        return rehearse_step(self, rows)
+        return rehearse_step(self, rows, forward)
 
     def train(self, model, inputs, *rest):
         seen.append((sum(inputs["row_lengths"]) + sum(inputs["openings"]), inputs["row_indices"]))
@@ -94,8 +94,9 @@ def test_too_little_memory_is_told_before_the_first_step(config, tmp_path, monke
     assert re.match(
         r"out of memory with \d+ tokens at a time \(rows \d+, \d+\), after step 0", said
     )
-    assert "halve training.per_device_train_batch_size (now 2) and double" in said
-    assert "set training.gradient_checkpointing=true" in said
+    halved = "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=4 ("
+    assert halved in said  # the same rows a step
+    assert "training.gradient_checkpointing=true (" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,106 @@
+"""Bytes of optimizer states are those of the real optimizers, as Trainer makes them."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from recipe.memory import forecast as forecast_module
+from recipe.memory import optimizer as optimizer_module
+from recipe.memory.forecast import OPTIMIZER, Forecast, Plan, forecast
+from recipe.memory.optimizer import DEFAULT, is_known, state_bytes
+from recipe.model.lora import add_lora
+from recipe.settings import load_settings
+from recipe.training.arguments import training_arguments
+from tests.memory.test_trace import rows, shape
+
+KNOWN = sorted({*optimizer_module._FLOAT32, *optimizer_module._EIGHT_BIT, "adafactor"})
+# Below, at and above bitsandbytes' smallest tensor in 8 bit, and no multiple of its block of 256.
+SHAPES = ((16, 576), (192, 16), (64,), (300, 13), (4, 16, 80), (4095,), (4096,), (4097,), (2,))
+PAGED = "ignore:Paged optimizers are not supported on CPU:UserWarning"
+
+
+def kept(arguments: TrainingArguments, parameters: Sequence[torch.nn.Parameter]) -> list[int]:
+    """Of each parameter, what the real optimizer keeps after one step."""
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    made = kind(parameters, **options)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    made.step()
+    return [
+        sum(
+            {
+                tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                for name, tensor in made.state[parameter].items()
+                if isinstance(tensor, torch.Tensor) and tensor.numel() > 1 and "qmap" not in name
+            }.values()
+        )
+        for parameter in parameters
+    ]
+
+
+@pytest.mark.filterwarnings(PAGED)
+@pytest.mark.parametrize("optim", KNOWN)
+def test_a_state_takes_what_the_real_optimizer_keeps(optim, tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim=optim, use_cpu=True)
+    real = kept(arguments, [torch.nn.Parameter(torch.randn(one)) for one in SHAPES])
+    assert [state_bytes(optim, {one: 1}) for one in SHAPES] == real
+    assert state_bytes(optim, dict.fromkeys(SHAPES, 3)) == 3 * sum(real)
+
+
+def test_the_default_is_that_of_transformers(tmp_path):
+    assert TrainingArguments(output_dir=str(tmp_path)).optim == DEFAULT
+
+
+def test_tables_name_only_what_transformers_knows():
+    assert set(KNOWN) <= {one.value for one in OptimizerNames}
+
+
+@pytest.fixture
+def foreseen(write_config):
+    def made(*overrides: str) -> Forecast:
+        settings = load_settings(str(write_config()), list(overrides))
+        return forecast(Plan(settings, shape(2), rows(30), (), "cpu", share_openings=False))
+
+    return made
+
+
+def test_what_is_not_known_is_told(foreseen, monkeypatch):
+    """Whether the library for it is installed or not: the settings take them all."""
+    found = foreseen()
+    monkeypatch.setattr(forecast_module, "traced", lambda *_, **__: found.trace)
+    parameters = sum(math.prod(one) * count for one, count in found.trace.shapes.items())
+    unknown = 0
+    for optim in (one.value for one in OptimizerNames):
+        found = foreseen(f"training.optim={optim}")
+        if is_known(optim):
+            assert list(found.notes) == []
+            continue
+        unknown += 1
+        assert list(found.notes) == [f"{optim}: its state is taken for AdamW's"]
+        assert found.items[OPTIMIZER] == 8 * parameters
+    assert unknown + len(KNOWN) == len(OptimizerNames)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.modules_to_save=[lm_head]"],
+        ["training.optim=sgd", "training.optim_args=momentum=0.9"],
+        ["training.optim=rmsprop", "training.optim_args='momentum=0.9,centered=True'"],
+        ["model.dtype=bfloat16", "lora.modules_to_save=[lm_head]"],
+        ["model.dtype=bfloat16", "lora.modules_to_save=[lm_head]", "training.optim=adamw_bnb_8bit"],
+    ],
+    ids=" ".join,
+)
+def test_options_and_dtypes_change_what_is_kept(write_config, foreseen, overrides):
+    """torch keeps states in their parameter's dtype, bitsandbytes in its own."""
+    settings = load_settings(str(write_config()), overrides)
+    base = LlamaForCausalLM(shape(2)).to(getattr(torch, settings.model.dtype))
+    model = add_lora(base, settings.lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    real = kept(training_arguments(settings), trained)
+    assert foreseen(*overrides).items[OPTIMIZER] == sum(real)
