@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from transformers import LlamaConfig, TrainingArguments
 
 from recipe.data.batch import largest_batch
@@ -16,6 +17,7 @@ from recipe.data.tokens import TokenizedRow
 from recipe.memory.cards import CARDS, Card
 from recipe.memory.forecast import Forecast, Plan, forecast
 from recipe.memory.probe import resident
+from recipe.memory.rate import cpu_rate
 from recipe.memory.remedies import Remedy, remedies
 from recipe.memory.sharding import Sharded, sharded
 from recipe.model.shapes import cached_folder, shape_of
@@ -46,12 +48,11 @@ class Workload:
     micro_batches: int | None
     described: Sequence[str]
 
-    def flops(self, found: Forecast) -> float | None:
-        """Of the matrix products of the whole run."""
+    def times(self) -> float | None:
+        """How often the whole run computes what the micro-batch does, by its tokens."""
         if self.computed_tokens is None:
             return None
-        own = _computed(self.plan.rows, share=self.plan.share_openings)
-        return found.trace.flops / own * self.computed_tokens
+        return self.computed_tokens / _computed(self.plan.rows, share=self.plan.share_openings)
 
 
 def workload(settings: Settings, *, device: str) -> Workload:
@@ -158,14 +159,18 @@ class Fits:
 
 def on_cards(asked: Workload, found: Forecast, peak: int) -> list[Fits]:
     """Every named card."""
-    flops, single = asked.flops(found), _computes_in_single(asked.plan)
+    times, single = asked.times(), _computes_in_single(asked.plan)
     return [
         Fits(
             card,
             peak <= card.memory,
             None
-            if flops is None
-            else flops / _REACHED / (card.single if single else card.half) / 3600,
+            if times is None
+            else times
+            * found.trace.flops
+            / _REACHED
+            / (card.single if single else card.half)
+            / 3600,
         )
         for card in CARDS
     ]
@@ -207,6 +212,13 @@ def report(
         cards = on_cards(asked, found, shards.peak)
         lines += _cards(cards, counted=asked.computed_tokens is not None)
         content["cards"] = {one.card.name: one.fits for one in cards}
+    elif (times := asked.times()) is not None:
+        seconds = times * _cpu_seconds(asked.plan, found)
+        content["seconds"] = round(seconds)
+        lines.append(
+            f"time      about {_hours(seconds / 3600)} of training on this CPU, at the rate of its "
+            f"{torch.get_num_threads()} threads now"
+        )
     if room is not None:
         fits = shards.peak <= room
         told, ways = _room(asked.plan, found, shards, room=room, name=name)
@@ -221,6 +233,14 @@ def report(
             ],
         }  # fmt: skip
     return lines, content
+
+
+def _cpu_seconds(plan: Plan, found: Forecast) -> float:
+    """Of the micro-batch, at the rate that this CPU has now."""
+    tokens = _computed(plan.rows, share=plan.share_openings)
+    config = plan.config
+    rate = cpu_rate(tokens=tokens, hidden=config.hidden_size, inner=config.intermediate_size)
+    return rate.seconds(flops=found.trace.flops, written=found.trace.written)
 
 
 def _table(plan: Plan, found: Forecast, shards: Sharded) -> list[str]:
