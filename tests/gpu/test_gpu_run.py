@@ -1,12 +1,15 @@
 """The same runs on a CUDA device: fp16 with its scaler, bf16, 4 bit."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from recipe.finetune import finetune
+from recipe.memory.watch import MemoryWatch
+from recipe.rehearsal import rehearse
 from recipe.settings import RunFailed, load_settings
 
 pytestmark = [
@@ -61,3 +64,34 @@ def test_a_loss_that_is_not_finite_ends_the_run_under_a_scaler_too(
     assert (tmp_path / "run/checkpoint-2").is_dir()
     assert not (tmp_path / "run/checkpoint-3").exists()
     assert not (tmp_path / "run/adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.dtype=float16", "training.fp16=true"],
+        ["model.dtype=bfloat16", "training.bf16=true", "training.gradient_checkpointing=true"],
+        [
+            "model.dtype=bfloat16",
+            "training.bf16=true",
+            "model.quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, "
+            "bnb_4bit_compute_dtype: bfloat16}",
+        ],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_memory_is_as_forecast(write_config, overrides):
+    """Each item, and what torch allocated at the peak."""
+    memory = MemoryWatch()
+    config = write_config(data={"rows": "0:8", "held_out": "8:12"}, training={"use_cpu": False})
+    folder = finetune(
+        load_settings(str(config), overrides),
+        rehearse=partial(rehearse, memory=memory),
+        memory=memory,
+    )
+    found = json.loads((folder / "manifest.json").read_text())["memory"]
+    for name, item in found["items"].items():
+        assert item["forecast"] == pytest.approx(item["measured"], rel=0.02, abs=2**14), name
+    # A tiny model: what evaluation and generation take beside it counts as much.
+    allocated, measured = found["forecast"]["allocated"], found["measured"]["peak"]
+    assert allocated == pytest.approx(measured, rel=0.1, abs=2**24)

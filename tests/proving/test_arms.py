@@ -116,7 +116,7 @@ def test_only_a_study_may_train_so(write_config):
         "study.checkpoint=feed_forward",
     ):
         settings = load_settings(str(write_config()), [override])
-        with pytest.raises(UserError, match="is for recipe/study.py"):
+        with pytest.raises(UserError, match=r"is for recipe/study\.py"):
             check_machine(settings)
 
 
