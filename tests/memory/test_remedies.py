@@ -1,0 +1,258 @@
+"""A remedy is what the settings with its overrides forecast, and it fits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from recipe.memory import remedies as remedies_module
+from recipe.memory.forecast import Forecast, Plan, forecast
+from recipe.memory.remedies import Remedy, remedies, smaller
+from recipe.settings import dump, load_settings
+from tests.memory.test_trace import rows, shape
+
+ANY = 1 << 60
+CHECKPOINTED = "training.gradient_checkpointing=true"
+LENGTHS = (400, 60, 300, 90)
+HELD_OUT = (60, 80, 420, 410)
+HALVED = ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
+SHORTER = ["data.max_length=200", "data.too_long=drop"]
+EIGHT_BIT_ADAM = ["training.optim=adamw_bnb_8bit"]
+INT8 = ["model.quantization={load_in_8bit: true}"]
+NF4 = [
+    "model.quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, "
+    "bnb_4bit_use_double_quant: true, bnb_4bit_compute_dtype: bfloat16}"
+]
+REMEMBERED: dict[str, Forecast] = {}
+
+
+def remembered(plan: Plan) -> Forecast:
+    """A forecast depends on nothing else, and takes a fifth of a second."""
+    lengths = [list(map(len, part)) for part in (plan.rows, plan.evaluated)]
+    key = f"{dump(plan.settings)} {plan.config} {lengths} {plan.device} {plan.share_openings}"
+    # Settings of a test are of its own folder.
+    key = key.replace(str(plan.settings.data.path), "")
+    if key not in REMEMBERED:
+        REMEMBERED[key] = forecast(plan)
+    return REMEMBERED[key]
+
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch):
+    monkeypatch.setattr(remedies_module, "forecast", remembered)
+
+
+@pytest.fixture
+def load(write_config):
+    """Settings of a tiny model, and what a remedy makes of them."""
+    config = write_config(training={"output_dir": "run"})
+
+    def made(*overrides: str):
+        last = {one.partition("=")[0]: one for one in overrides}
+        return load_settings(str(config), list(last.values()))
+
+    return made
+
+
+@pytest.fixture
+def planned(load):
+    """On a shape whose weights are no more than its activations."""
+
+    def made(*overrides: str, device: str = "cuda", lengths=LENGTHS, held_out=HELD_OUT):
+        return Plan(
+            load(*overrides), shape(2), rows(*lengths), rows(*held_out), device, share_openings=True
+        )
+
+    return made
+
+
+@pytest.fixture
+def offered(planned, monkeypatch):
+    """Everything that is thought of; a forecast is not needed for that."""
+
+    def made(*overrides: str, **other) -> list[Remedy]:
+        plan = planned(*overrides, **other)
+        found = remembered(planned(device="cpu"))
+        with monkeypatch.context() as patch:
+            patch.setattr(remedies_module, "forecast", lambda plan: found)
+            return remedies(plan, found, room=ANY)
+
+    return made
+
+
+def overrides_of(ways: list[Remedy]) -> list[list[str]]:
+    return [list(way.overrides) for way in ways]
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cpu", [CHECKPOINTED]), ("cuda", ["lora.r=64"])])
+def test_a_remedy_is_what_its_overrides_forecast(planned, load, device, asked):
+    plan = planned(*asked, device=device)
+    ways = remedies(plan, remembered(plan), room=ANY)
+    assert len(ways) == (4 if device == "cpu" else 8)
+    for way in ways:
+        assert way.forecast == forecast(replace(way.plan, settings=load(*asked, *way.overrides)))
+
+
+def test_those_that_train_the_same_go_first_and_then_the_quickest(planned):
+    plan = planned()
+    ways = remedies(plan, remembered(plan), room=ANY)
+    assert {" ".join(way.overrides) for way in ways if way.same} == {
+        " ".join(HALVED), "training.per_device_eval_batch_size=4", CHECKPOINTED
+    }  # fmt: skip
+    keys = [(not way.same, round(way.time, 2), way.forecast.peak) for way in ways]
+    assert keys == sorted(keys)
+    by_name = {" ".join(way.overrides): way for way in ways}
+    # A forward pass more to the two of a backward pass, and what it writes.
+    assert 1.2 < by_name[CHECKPOINTED].time < 1.6
+    assert by_name[" ".join(NF4)].time > 1 > by_name["model.dtype=bfloat16"].time
+    assert by_name["training.per_device_eval_batch_size=4"].time == 1
+    assert by_name[" ".join(EIGHT_BIT_ADAM)].time == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_what_fits_is_named(planned, device):
+    plan = planned(device=device)
+    found = remembered(plan)
+    every = remedies(plan, found, room=ANY)
+    peaks = sorted(way.forecast.peak for way in every)
+    for room in (peaks[0], peaks[1], peaks[len(peaks) // 2]):
+        ways = remedies(plan, found, room=room)
+        fitting = [way for way in every if way.forecast.peak <= room]
+        assert overrides_of(ways) == overrides_of(fitting)
+
+
+def test_where_no_single_one_suffices_they_are_put_together(planned, load):
+    asked = ["lora.r=512", "training.optim=adamw_torch"]
+    plan = planned(*asked, held_out=())
+    found = remembered(plan)
+    least = min(way.forecast.peak for way in remedies(plan, found, room=ANY))
+    (way,) = remedies(plan, found, room=least - 1)
+    assert way.forecast.peak < least
+    names = [one.partition("=")[0] for one in way.overrides]
+    assert len(names) == len(set(names)) > 2
+    assert way.forecast == forecast(replace(way.plan, settings=load(*asked, *way.overrides)))
+    assert way.plan.settings == load(*asked, *way.overrides)
+    # The last one is needed: without it, it would not have gone on.
+    (further,) = remedies(plan, found, room=way.forecast.peak - 1)
+    assert list(further.overrides)[: len(way.overrides)] != list(way.overrides) or len(
+        further.overrides
+    ) > len(way.overrides)
+    assert further.forecast.peak < way.forecast.peak
+
+
+def test_what_trains_otherwise_makes_the_whole_train_otherwise(planned):
+    """And a way of which each part trains the same does so too."""
+    plan = planned("lora.r=4", device="cpu", held_out=(), lengths=(60, 60, 60, 60))
+    found = remembered(plan)
+    assert {way.same for way in remedies(plan, found, room=ANY)} == {True, False}
+    same = [way for way in remedies(plan, found, room=ANY) if way.same]
+    (way,) = remedies(plan, found, room=min(one.forecast.peak for one in same) - 1)
+    parts = {one.partition("=")[0] for one in way.overrides}
+    assert way.same == ("training.optim" not in parts)
+
+
+def test_nothing_is_named_where_nothing_suffices(planned):
+    plan = planned(device="cpu")
+    assert remedies(plan, remembered(plan), room=1) == []
+
+
+def test_smaller_ones_are_those_that_take_a_twentieth_less(planned):
+    plan = planned(device="cpu")
+    found = remembered(plan)
+    every = remedies(plan, found, room=ANY)
+    ways = smaller(plan, found)
+    assert 0 < len(ways) < len(every)
+    assert overrides_of(ways) == overrides_of(
+        [way for way in every if way.forecast.peak <= 0.95 * found.peak]
+    )
+
+
+def test_everything_is_thought_of(offered):
+    expected = [[CHECKPOINTED], HALVED, ["training.per_device_eval_batch_size=4"], EIGHT_BIT_ADAM]
+    on_cuda = [["model.dtype=bfloat16"], INT8, NF4]
+    found = overrides_of(offered(device="cpu"))
+    assert sorted(found) == sorted([*expected, SHORTER])
+    found = overrides_of(offered(device="cuda"))
+    assert sorted(found) == sorted([*expected, SHORTER, *on_cuda])
+
+
+@pytest.mark.parametrize(
+    ("asked", "other", "missing"),
+    [
+        ([CHECKPOINTED], {}, [[CHECKPOINTED]]),
+        (["training.activation_checkpointing=true"], {}, [[CHECKPOINTED]]),
+        (["training.per_device_train_batch_size=1"], {"lengths": (400,)}, [HALVED]),
+        (["training.per_device_eval_batch_size=1"], {"held_out": (400,)}, ["eval"]),
+        ([], {"held_out": ()}, ["eval"]),
+        (["training.optim=adamw_8bit"], {}, [EIGHT_BIT_ADAM]),
+        (["training.optim=paged_lion_8bit"], {}, [EIGHT_BIT_ADAM]),
+        (["model.dtype=bfloat16"], {}, [["model.dtype=bfloat16"]]),
+        (["model.dtype=float16"], {}, [["model.dtype=bfloat16"]]),
+        (INT8, {}, [INT8, NF4, ["model.dtype=bfloat16"]]),
+        (NF4, {}, [INT8, NF4, ["model.dtype=bfloat16"]]),
+        ([], {"lengths": (127, 100)}, ["data.max_length"]),
+        # peft computes such a start from weights that are whole.
+        (["lora.init_lora_weights=pissa"], {}, [INT8, NF4]),
+    ],
+    ids=str,
+)
+def test_what_is_so_already_or_cannot_be_is_not_offered(offered, asked, other, missing):
+    before, found = overrides_of(offered()), overrides_of(offered(*asked, **other))
+    for one in missing:
+        if isinstance(one, str):
+            assert any(one in " ".join(way) for way in before)
+            assert not any(one in " ".join(way) for way in found)
+        else:
+            assert one in before
+            assert one not in found
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4, 5, 6, 7, 8, 12])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_rows_a_step_stay(offered, load, batch, accumulation):
+    asked = [
+        f"training.per_device_train_batch_size={batch}",
+        f"training.gradient_accumulation_steps={accumulation}",
+    ]
+    lengths = [100 + 10 * (n * 7 % 12) for n in range(batch)]
+    (way,) = [
+        way for way in offered(*asked, lengths=lengths) if "train_batch" in " ".join(way.overrides)
+    ]
+    training = load(*asked, *way.overrides).training
+    size = training["per_device_train_batch_size"]
+    assert 1 <= size <= batch // 2
+    assert size * training["gradient_accumulation_steps"] == batch * accumulation
+    # Nothing says which of them will stay together.
+    assert sorted(map(len, way.plan.rows)) == sorted(lengths)[-size:]
+    assert way.same
+
+
+def test_the_longest_held_out_rows_may_stay_together(offered):
+    (way,) = [
+        way
+        for way in offered("training.per_device_eval_batch_size=4")
+        if "eval_batch" in " ".join(way.overrides)
+    ]
+    assert list(way.overrides) == ["training.per_device_eval_batch_size=2"]
+    assert sum(map(len, way.plan.evaluated)) == sum(sorted(HELD_OUT)[-2:])
+
+
+def test_what_is_longer_is_left_out(offered):
+    (way,) = [way for way in offered() if list(way.overrides) == SHORTER]
+    assert max(map(len, (*way.plan.rows, *way.plan.evaluated))) <= 200
+    assert not way.same
+
+
+def test_overrides_are_what_a_shell_gives_back(offered, load):
+    """As YAML has them: true and not True, a mapping in braces."""
+    for way in offered():
+        text = json.dumps(list(way.overrides))
+        assert "True" not in text
+        assert "None" not in text
+        assert load(*way.overrides) == way.plan.settings
+
+
+def test_options_of_another_optimizer_are_in_no_remedys_way(offered, load):
+    asked = ["training.optim=adagrad", "training.optim_args=lr_decay=0.1"]
+    for way in offered(*asked):
+        load(*asked, *way.overrides)
