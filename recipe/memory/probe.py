@@ -27,9 +27,10 @@ def peak_memory() -> dict[str, int]:
 
 def _peak_resident() -> int:
     # Linux counts into getrusage's figure the peak of whoever started this process.
-    if _STATUS.is_file():
-        line = next(one for one in _STATUS.read_text().splitlines() if one.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    lines = _STATUS.read_text().splitlines() if _STATUS.is_file() else []
+    own = next((line for line in lines if line.startswith("VmHWM:")), None)
+    if own is not None:
+        return int(own.split()[1]) * 1024
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
