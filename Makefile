@@ -81,7 +81,7 @@ chat: setup ## talk with the newest adapter in this terminal; ADAPTER, STRATEGY 
 		$(if $(STRATEGY),strategy="$(STRATEGY)") $(ARGS)
 
 test: setup .venv/.dev ## the test suite (no network, no GPU)
-	@$(PY) -m pytest -q -m "not slow and not gpu" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup .venv/.browser ## the tests that take minutes
 	@$(PY) -m pytest -q -m "slow and not gpu" $(ARGS)

@@ -22,7 +22,12 @@ def memory_told(run: Run, memory: MemoryWatch | None, folder: Path) -> list[str]
     if memory is None or found is None:
         return []
     evaluated = largest_batch(run.data.held_out.rows, run.arguments.per_device_eval_batch_size)
-    ahead = forecast(_plan(run, memory.rows, evaluated, imported=memory.imported))
+    try:
+        ahead = forecast(_plan(run, memory.rows, evaluated, imported=memory.imported))
+    except Exception as error:  # the run is trained, and not saved yet: nothing here may end it
+        return [
+            f"memory    no forecast: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        ]
     note_in_manifest(folder, memory=account(ahead, found))
     return lines(ahead, found)
 

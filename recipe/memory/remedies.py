@@ -7,7 +7,7 @@ from typing import Any
 from recipe.data.tokens import TokenizedRow
 from recipe.memory.forecast import Forecast, Plan, forecast
 from recipe.memory.stand_in import checkpoints_activations
-from recipe.settings import Settings
+from recipe.settings import ModelSettings, Settings
 
 # What a byte of results costs beside an operation of a matrix product, at the rates of a GPU and
 # of a CPU: about 2 TB/s to 150 TFLOP/s, and 5 GB/s to 100 GFLOP/s.
@@ -104,34 +104,34 @@ def _candidates(plan: Plan) -> Iterator[_Change]:
     batch = int(training.get("per_device_train_batch_size", 8))
     if batch > 1 and len(plan.rows) > 1:
         accumulation = int(training.get("gradient_accumulation_steps", 1))
+        size = next(part for part in range(batch // 2, 0, -1) if batch % part == 0)
         smaller = _training(
             plan,
             same=True,
-            per_device_train_batch_size=batch // 2,
-            gradient_accumulation_steps=accumulation * 2
-            if batch % 2 == 0
-            else accumulation * batch,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation * (batch // size),
         )
-        rows = sorted(plan.rows, key=len, reverse=True)[: batch // 2]
+        rows = sorted(plan.rows, key=len, reverse=True)[:size]
         yield replace(smaller, plan=replace(smaller.plan, rows=rows))
     evaluated = int(training.get("per_device_eval_batch_size", 8))
     if evaluated > 1 and len(plan.evaluated) > 1:
         fewer = _training(plan, same=True, per_device_eval_batch_size=evaluated // 2)
-        rows = list(plan.evaluated)[: evaluated // 2]
+        rows = sorted(plan.evaluated, key=len, reverse=True)[: evaluated // 2]
         yield replace(fewer, plan=replace(fewer.plan, evaluated=rows))
-    if "8bit" not in str(training.get("optim", "")):
+    if "8bit" not in str(training.get("optim", "")) and not training.get("optim_args"):
         yield _training(plan, same=False, optim="adamw_bnb_8bit")
     if plan.device == "cuda" and model.quantization is None:
         if model.dtype == "float32":
             yield _model(plan, dtype="bfloat16")
-        yield _model(plan, quantization={"load_in_8bit": True})
-        four = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-        }
-        half = "float16" if training.get("fp16") or model.dtype == "float16" else "bfloat16"
-        yield _model(plan, quantization={**four, "bnb_4bit_compute_dtype": half})
+        if not _starts_from_weights(settings):
+            yield _model(plan, quantization={"load_in_8bit": True})
+            four = {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+            }
+            half = "float16" if training.get("fp16") or model.dtype == "float16" else "bfloat16"
+            yield _model(plan, quantization={**four, "bnb_4bit_compute_dtype": half})
     longest = max(map(len, plan.rows), default=0)
     if longest // 2 >= _SHORTEST:
         yield _shorter(plan, longest // 2)
@@ -144,9 +144,15 @@ def _training(plan: Plan, *, same: bool, **values: Any) -> _Change:
 
 
 def _model(plan: Plan, **values: Any) -> _Change:
-    model = plan.settings.model.model_copy(update=values)
+    given = plan.settings.model.model_dump(exclude_none=True)
+    model = ModelSettings(**{**given, **values})
     settings: Settings = plan.settings.model_copy(update={"model": model})
     return _Change(_written("model", values), replace(plan, settings=settings), same=False)
+
+
+def _starts_from_weights(settings: Settings) -> bool:
+    """Whether peft computes the adapter's start from weights, which must then be whole."""
+    return isinstance(settings.lora.get("init_lora_weights"), str)
 
 
 def _shorter(plan: Plan, length: int) -> _Change:

@@ -48,7 +48,8 @@ _PRODUCTS = {
 class Trace:
     """All in bytes, but ``flops``.
 
-    ``weights`` and ``trainable`` are by dtype; ``shapes`` counts trainable tensors;
+    ``weights`` and ``trainable`` are by dtype; ``shapes`` counts trainable tensors,
+    by the bytes of a value;
     ``layer_weights`` are those of one layer. ``peaks`` holds for each phase (forward, loss,
     backward, evaluation) what lives at its peak beyond weights and optimizer state, by kind.
     ``saved`` lives between forward and backward pass. ``flops`` are those of matrix products,
@@ -57,7 +58,7 @@ class Trace:
 
     weights: Mapping[str, int]
     trainable: Mapping[str, int]
-    shapes: Mapping[tuple[int, ...], int]
+    shapes: Mapping[int, Mapping[tuple[int, ...], int]]
     layer_weights: int
     saved: int
     flops: int
@@ -122,7 +123,7 @@ def _extrapolated(shallow: Trace, deeper: Trace, *, times: int) -> Trace:
     return Trace(
         weights=each(shallow.weights, deeper.weights),
         trainable=each(shallow.trainable, deeper.trainable),
-        shapes=each(shallow.shapes, deeper.shapes),
+        shapes={size: each(shallow.shapes[size], deeper.shapes[size]) for size in deeper.shapes},
         layer_weights=deeper.layer_weights,
         saved=number(shallow.saved, deeper.saved),
         flops=number(shallow.flops, deeper.flops),
@@ -165,7 +166,10 @@ class _Following:
             if evaluated:
                 self._evaluate(model, head, live, self._batch(evaluated, mode))
         weights, trainable = _by_dtype(model, trained=False), _by_dtype(model, trained=True)
-        shapes = Counter(tuple(p.shape) for p in model.parameters() if p.requires_grad)
+        shapes: dict[int, Counter[tuple[int, ...]]] = {}
+        for one in model.parameters():
+            if one.requires_grad:
+                shapes.setdefault(one.element_size(), Counter())[tuple(one.shape)] += 1
         layer = sum(
             p.numel() * p.element_size()
             for p in model.get_base_model().model.layers[0].parameters()

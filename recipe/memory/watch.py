@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipe.data.tokens import TokenizedRow
@@ -23,23 +24,26 @@ class MemoryWatch(TrainerCallback):
     def __init__(self) -> None:
         self.imported = resident()
         self.rows: Sequence[TokenizedRow] = ()
-        self._saved: dict[int, int] = {}
-        self._gradients = self._optimizer = 0
+        self._saved = self._gradients = self._optimizer = 0
 
     @contextmanager
     def saving(self, rows: Sequence[TokenizedRow], model: PeftModel) -> Iterator[None]:
         """Count what autograd keeps of a forward pass over ``rows``, weights aside."""
         self.rows = rows
         weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+        kept: dict[int, tuple[int, StorageWeakRef]] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
-                self._saved[storage._cdata] = storage.nbytes()
+                kept[storage._cdata] = storage.nbytes(), StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
+        # A part of the graph may be gone already, such as the norm that DoRA detaches.
+        alive = [n for n, one in kept.values() if not one.expired()]  # type: ignore[no-untyped-call]
+        self._saved = sum(alive)
 
     def on_pre_optimizer_step(
         self,
@@ -84,7 +88,7 @@ class MemoryWatch(TrainerCallback):
             adapter=live_bytes([p for p in model.parameters() if p.requires_grad]),
             gradients=self._gradients,
             optimizer=self._optimizer,
-            saved=sum(self._saved.values()),
+            saved=self._saved,
             peak=peak.get("allocated", peak.get("resident", 0)),
             reserved=peak.get("reserved"),
         )

@@ -39,7 +39,9 @@ SHAPES = {
              "num_attention_heads": 8, "num_key_value_heads": 2},
 }  # fmt: skip
 ALL_LINEAR = "lora.target_modules=all-linear"
-STATIC = ("base weights", "adapter", "optimizer state")
+ADAPTER, OPTIMIZER = "adapter", "optimizer state"
+STATIC = ("base weights", ADAPTER, OPTIMIZER)
+STARTER_LAYERS = 30
 CHECKPOINTED = "training.gradient_checkpointing=true"
 
 
@@ -163,6 +165,7 @@ def run(config: str, overrides: Sequence[str]) -> None:
     import torch
 
     from recipe.finetune import finetune
+    from recipe.memory.forecast import surroundings
     from recipe.memory.probe import allocated_peak
     from recipe.memory.watch import MemoryWatch
     from recipe.rehearsal import rehearse
@@ -188,7 +191,9 @@ def run(config: str, overrides: Sequence[str]) -> None:
 
     peak = allocated_peak(step)
     static = sum(memory["items"][name]["measured"] for name in STATIC)
-    print(json.dumps({**memory, "profiler": static + peak, "torch": torch.__version__}))
+    fixed, _ = surroundings("cpu", moving=0, written_a_layer=0)
+    told = {"profiler": static + peak, "torch": torch.__version__, "fixed": fixed}
+    print(json.dumps({**memory, **told}))
 
 
 def error(found: Mapping[str, Any], kind: str) -> float:
@@ -226,10 +231,16 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="+", help="configurations by their number")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument(
+        "--again", metavar="FILE", help="what --json wrote, with the constants of now; no run"
+    )
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         run(args.run[0], args.run[1:])
+        return
+    if args.again:
+        show([with_constants_of_now(one) for one in json.loads(Path(args.again).read_text())])
         return
     cases = [*FITTED, *HELD_OUT]
     found = []
@@ -241,6 +252,11 @@ def main() -> None:
                 print(line(found[-1]), flush=True)
                 if args.json:
                     Path(args.json).write_text(json.dumps(found, indent=1))
+    show(found)
+
+
+def show(found: Sequence[Mapping[str, Any]]) -> None:
+    """The table, and the errors."""
     print(
         f"\n{platform.machine()} CPU · {datetime.now(UTC):%Y-%m-%d}\n\n"
         "| run | allocated, forecast, MiB | profiler | error | resident, forecast | measured | "
@@ -250,6 +266,30 @@ def main() -> None:
     for name, fitted in (("fitted on", True), ("not fitted on", False)):
         if part := [one for one in found if one["fitted"] == fitted]:
             print(summary(name, part))
+
+
+def with_constants_of_now(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The same run, had it been forecast with what is fitted since."""
+    from recipe.memory.forecast import ALLOCATOR, PROCESS, surroundings
+
+    ahead = dict(found["forecast"])
+    at_peak = dict(ahead["at_peak"])
+    still = (ADAPTER, OPTIMIZER, PROCESS, ALLOCATOR)
+    moving = sum(
+        n
+        for name, n in at_peak.items()
+        if name not in still and not name.startswith("base weights")
+    )
+    shape = SHAPES[found["name"].split()[0]]
+    layers = shape["num_hidden_layers"] if shape else STARTER_LAYERS
+    process, allocator = surroundings(
+        "cpu", moving=moving, written_a_layer=found["traced"]["written"] // layers
+    )
+    imported = at_peak[PROCESS] - found.get("fixed", 0)
+    return {
+        **found,
+        "forecast": {**ahead, "peak": ahead["allocated"] + imported + process + allocator},
+    }
 
 
 if __name__ == "__main__":

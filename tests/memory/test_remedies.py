@@ -8,7 +8,7 @@ import pytest
 from recipe.memory import remedies as remedies_module
 from recipe.memory.forecast import Forecast, Plan, forecast
 from recipe.memory.remedies import Remedy, remedies, smaller
-from recipe.settings import dump, load_settings
+from recipe.settings import dump, load_settings, plain
 from tests.memory.test_trace import rows, shape
 
 ANY = 1 << 60
@@ -56,11 +56,9 @@ def load(write_config):
 
 @pytest.fixture
 def planned(load):
-    """On a shape whose weights are no more than its activations."""
-
     def made(*overrides: str, device: str = "cuda", lengths=LENGTHS, held_out=HELD_OUT):
         return Plan(
-            load(*overrides), shape(2), rows(*lengths), rows(*held_out), device, share_openings=True
+            load(*overrides), shape(1), rows(*lengths), rows(*held_out), device, share_openings=True
         )
 
     return made
@@ -122,38 +120,41 @@ def test_only_what_fits_is_named(planned, device):
 
 
 def test_where_no_single_one_suffices_they_are_put_together(planned, load):
-    asked = ["lora.r=512", "training.optim=adamw_torch"]
-    plan = planned(*asked, held_out=())
+    asked = ["lora.r=1024", "training.per_device_train_batch_size=2"]
+    plan = planned(*asked, device="cpu", held_out=(), lengths=(127, 120))
     found = remembered(plan)
-    least = min(way.forecast.peak for way in remedies(plan, found, room=ANY))
-    (way,) = remedies(plan, found, room=least - 1)
-    assert way.forecast.peak < least
-    names = [one.partition("=")[0] for one in way.overrides]
-    assert len(names) == len(set(names)) > 2
+    single = remedies(plan, found, room=ANY)
+    halved = "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=2"
+    assert {" ".join(way.overrides): way.same for way in single} == {
+        CHECKPOINTED: True, halved: True, EIGHT_BIT_ADAM[0]: False
+    }  # fmt: skip
+    room = min(way.forecast.peak for way in single) - 1
+    (way,) = remedies(plan, found, room=room)
+    assert way.forecast.peak <= room
+    assert len(way.overrides) > 1
+    assert way.same == (EIGHT_BIT_ADAM[0] not in way.overrides)
     assert way.forecast == forecast(replace(way.plan, settings=load(*asked, *way.overrides)))
-    assert way.plan.settings == load(*asked, *way.overrides)
-    # The last one is needed: without it, it would not have gone on.
-    (further,) = remedies(plan, found, room=way.forecast.peak - 1)
-    assert list(further.overrides)[: len(way.overrides)] != list(way.overrides) or len(
-        further.overrides
-    ) > len(way.overrides)
-    assert further.forecast.peak < way.forecast.peak
+    # All of them, where less would not do.
+    (all_of_them,) = remedies(plan, found, room=least(plan))
+    names = [one.partition("=")[0] for one in all_of_them.overrides]
+    assert len(names) == len(set(names))
+    assert {CHECKPOINTED, *EIGHT_BIT_ADAM} <= set(all_of_them.overrides)
+    assert [len(all_of_them.plan.rows), all_of_them.same] == [1, False]
+    assert dump(all_of_them.plan.settings) == dump(load(*asked, *all_of_them.overrides))
+    assert remedies(plan, found, room=least(plan) - 1) == []
 
 
-def test_what_trains_otherwise_makes_the_whole_train_otherwise(planned):
-    """And a way of which each part trains the same does so too."""
-    plan = planned("lora.r=4", device="cpu", held_out=(), lengths=(60, 60, 60, 60))
-    found = remembered(plan)
-    assert {way.same for way in remedies(plan, found, room=ANY)} == {True, False}
-    same = [way for way in remedies(plan, found, room=ANY) if way.same]
-    (way,) = remedies(plan, found, room=min(one.forecast.peak for one in same) - 1)
-    parts = {one.partition("=")[0] for one in way.overrides}
-    assert way.same == ("training.optim" not in parts)
-
-
-def test_nothing_is_named_where_nothing_suffices(planned):
-    plan = planned(device="cpu")
-    assert remedies(plan, remembered(plan), room=1) == []
+def least(plan: Plan) -> int:
+    """With checkpointing, Adam in 8 bit and the longer row alone."""
+    training = {
+        "gradient_checkpointing": True,
+        "optim": "adamw_bnb_8bit",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+    }
+    settings = plan.settings
+    settings = settings.model_copy(update={"training": {**settings.training, **training}})
+    return remembered(replace(plan, settings=settings, rows=[max(plan.rows, key=len)])).peak
 
 
 def test_smaller_ones_are_those_that_take_a_twentieth_less(planned):
@@ -249,7 +250,9 @@ def test_overrides_are_what_a_shell_gives_back(offered, load):
         text = json.dumps(list(way.overrides))
         assert "True" not in text
         assert "None" not in text
-        assert load(*way.overrides) == way.plan.settings
+        loaded, meant = load(*way.overrides), way.plan.settings
+        assert plain(loaded.training) == plain(meant.training)
+        assert loaded.model == meant.model
 
 
 def test_options_of_another_optimizer_are_in_no_remedys_way(offered, load):

@@ -55,7 +55,7 @@ def weak_openings(own, x, lengths, openings):
 
 def last_chunk_without_gradient(own, self, output, labels):
     if self.chunked:
-        rows = head._chunk_rows(len(self._frozen.weight))
+        rows = self._chunk_rows(len(self._frozen.weight))
         last = (len(labels) - 1) // rows * rows
         if last:
             output = torch.cat([output[:last], output[last:].detach()])

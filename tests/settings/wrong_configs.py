@@ -166,7 +166,7 @@ NAMES = [
     ("rest", "hub:\n  repo_id: mine\n", "hub.repo_id", ["such as 'user/name'", "'mine'"]),
     ("rest", "hub:\n  token: hf_secret\n", "hub.token", ["must never stand in a file"]),
     ("rest", "hub:\n  license: Apache 2\n", "hub.license", ["such as 'apache-2.0'"]),
-    ("rest", "zzz: 1\n", "zzz", ["Choose among model, data, lora, training, judging, hub."]),
+    ("rest", "zzz: 1\n", "zzz", ["Choose among model, data, lora, training, judging, hub, study."]),
     ("rest", "name: ../up\n", "name", ["'../up' cannot name the run folder"]),
     ("rest", "name: 3\n", "name", ["'3'"]),
     (
