@@ -13,7 +13,7 @@ from recipe.settings import ModelSettings, Settings
 # of a CPU: about 2 TB/s to 150 TFLOP/s, and 5 GB/s to 100 GFLOP/s.
 _FLOPS_A_BYTE = {"cuda": 75, "cpu": 20}
 _SHORTEST = 64
-_NOTABLE = 0.95
+_NOTABLE = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ def remedies(plan: Plan, found: Forecast, *, room: int) -> list[Remedy]:
 
 
 def smaller(plan: Plan, found: Forecast) -> list[Remedy]:
-    """Single changes that take a twentieth less or better, the quickest first."""
+    """Single changes that save a twentieth of what is allocated or more, the quickest first."""
     before = _cost(plan, found)
     tried = [_tried(one, before) for one in _candidates(plan)]
-    return _ranked([one for one in tried if one.forecast.peak <= _NOTABLE * found.peak])
+    least = _NOTABLE * found.allocated
+    return _ranked([one for one in tried if found.peak - one.forecast.peak >= least])
 
 
 def _ranked(ways: list[Remedy]) -> list[Remedy]:

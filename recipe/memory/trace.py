@@ -290,7 +290,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             self._move(tensor.untyped_storage()._cdata, SAVED)
-            return tensor
+            return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield

@@ -37,7 +37,8 @@ class MemoryWatch(TrainerCallback):
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
                 kept[storage._cdata] = storage.nbytes(), StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            return tensor
+            # A result that held its own node would live until the next garbage collection.
+            return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield

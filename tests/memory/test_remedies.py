@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from recipe.memory import forecast as forecast_module
 from recipe.memory import remedies as remedies_module
 from recipe.memory.forecast import Forecast, Plan, forecast
 from recipe.memory.remedies import Remedy, remedies, smaller
@@ -119,7 +120,10 @@ def test_only_what_fits_is_named(planned, device):
         assert overrides_of(ways) == overrides_of(fitting)
 
 
-def test_where_no_single_one_suffices_they_are_put_together(planned, load):
+def test_where_no_single_one_suffices_they_are_put_together(planned, load, monkeypatch):
+    # Of one layer, computing it again saves less than what malloc wastes of it.
+    monkeypatch.setattr(forecast_module, "_CPU_LAYER_SHARE", 0)
+    REMEMBERED.clear()
     asked = ["lora.r=1024", "training.per_device_train_batch_size=2"]
     plan = planned(*asked, device="cpu", held_out=(), lengths=(127, 120))
     found = remembered(plan)
@@ -142,6 +146,7 @@ def test_where_no_single_one_suffices_they_are_put_together(planned, load):
     assert [len(all_of_them.plan.rows), all_of_them.same] == [1, False]
     assert dump(all_of_them.plan.settings) == dump(load(*asked, *all_of_them.overrides))
     assert remedies(plan, found, room=least(plan) - 1) == []
+    REMEMBERED.clear()
 
 
 def least(plan: Plan) -> int:
@@ -164,7 +169,7 @@ def test_smaller_ones_are_those_that_take_a_twentieth_less(planned):
     ways = smaller(plan, found)
     assert 0 < len(ways) < len(every)
     assert overrides_of(ways) == overrides_of(
-        [way for way in every if way.forecast.peak <= 0.95 * found.peak]
+        [way for way in every if found.peak - way.forecast.peak >= 0.05 * found.allocated]
     )
 
 
