@@ -23,7 +23,7 @@ from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
 from recipe.run_account import Run, conclusion, introduction, manifest_facts, receipt
 from recipe.run_data import Data, load_data, share_openings
-from recipe.run_memory import memory_told, what_takes_less
+from recipe.run_memory import forecasts_told, what_takes_less
 from recipe.settings import Settings
 from recipe.sharing.adapter_folder import save_adapter
 from recipe.sharing.probes import Probe, encode_probes, make_probes, next_token_logits
@@ -42,7 +42,6 @@ from recipe.training.run_folder import (
     alone,
     check_output_dir,
     make_run_folder,
-    note_in_manifest,
     planned_folder,
     write_manifest,
     write_settings,
@@ -126,7 +125,7 @@ def finetune(
             train(trainer, resumed)
             after = _held_out_perplexity(trainer)
             if main_process:
-                told = [*memory_told(run, memory, folder), *_pace(pace, folder)]
+                told = forecasts_told(run, memory, pace, folder)
                 _note_unchanged(trainer, log)
                 _save(run, folder, base_says, prepared.initial)
                 _plot(run, folder)
@@ -249,12 +248,6 @@ def _begin(
     for line in changed:
         say(f"changed   {line}")
     return before
-
-
-def _pace(pace: Pace, folder: Path) -> list[str]:
-    """Forecast and measured time, into the manifest; and a line for the screen."""
-    note_in_manifest(folder, time=pace.account())
-    return pace.lines()
 
 
 def _save(

@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     from recipe.planning import report, workload
 
+    if args.card and settings.training.get("use_cpu"):
+        raise UserError.single("--card", "is no CPU, and training.use_cpu is set. Leave one out.")
     room, name = _room(args.card)
     asked = workload(settings, device=_device(args, settings))
     lines, content = report(

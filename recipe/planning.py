@@ -1,6 +1,7 @@
 """What ``plan.py`` does: the rows that decide, the forecast, the cards it fits, and what would."""
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +23,7 @@ from recipe.memory.remedies import Remedy, remedies
 from recipe.memory.sharding import Sharded, sharded
 from recipe.model.shapes import cached_folder, shape_of
 from recipe.run_data import load_data, share_openings
-from recipe.settings import Settings
+from recipe.settings import Settings, UserError
 from recipe.training.arguments import training_arguments
 from recipe.training.disk import planned_steps
 from recipe.training.machine import check_ordinary
@@ -33,6 +34,7 @@ _REACHED = 0.45
 # Where neither rows nor max_length say how long a row is.
 _ASSUMED_TOKENS = 512
 _SHOWN_FROM = 2**30 // 200  # bytes that are 0.00 GiB no more
+_MEASURED_TOKENS = 512
 _COUNTED = 500  # micro-batches, of which the share of common openings is counted
 
 
@@ -69,16 +71,21 @@ def workload(settings: Settings, *, device: str) -> Workload:
     local = _local(settings)
     if local is None:
         rows, evaluated = _assumed(settings, config, arguments)
-        said = f"{len(rows)} rows of {len(rows[0]):,} tokens, all trained"
+        here = os.path.isfile(settings.data.path)  # noqa: PTH113
+        lacking = "the model's tokenizer is" if here else f"{settings.data.path} is"
         described.append(
-            f"rows      assumed: {said}. With the model's tokenizer in a local folder and the rows "
-            "in a local file they are counted."
+            f"rows      assumed: {len(rows)} rows of {len(rows[0]):,} tokens, all trained, because "
+            f"{lacking} not on this machine"
         )
         plan = Plan(settings, config, rows, evaluated, device, share, resident())
         return Workload(plan, None, None, described)
     data = load_data(local)
     trained = data.train.rows
     batches = list(planned_micro_batches(trained, arguments))
+    if not batches:
+        raise UserError.single(
+            "training.dataloader_drop_last", f"{len(trained)} rows fill no batch. Leave it out."
+        )
     longest = max(batches, key=lambda places: sum(len(trained[place]) for place in places))
     decisive = [trained[place] for place in longest]
     held_out = largest_batch(data.held_out.rows, arguments.per_device_eval_batch_size)
@@ -96,10 +103,11 @@ def workload(settings: Settings, *, device: str) -> Workload:
 
 def _arguments(settings: Settings) -> TrainingArguments:
     """As far as rows go: transformers refuses a precision that this machine has not."""
-    precisions = ("fp16", "bf16", "tf32")
-    kept = {key: value for key, value in settings.training.items() if key not in precisions}
-    here = settings.model_copy(update={"training": {**kept, "use_cpu": True}})
-    return training_arguments(here)
+    left_out = ("fp16", "bf16", "tf32", "load_best_model_at_end", "eval_on_start")
+    kept = {key: value for key, value in settings.training.items() if key not in left_out}
+    # Nothing is evaluated, saved or reported by whoever deals the rows.
+    kept |= {"use_cpu": True, "report_to": "none", "eval_strategy": "no", "save_strategy": "no"}
+    return training_arguments(settings.model_copy(update={"training": kept}))
 
 
 def _local(settings: Settings) -> Settings | None:
@@ -107,7 +115,7 @@ def _local(settings: Settings) -> Settings | None:
     name = settings.model.name_or_path
     if not os.path.isdir(name):  # noqa: PTH112
         cached = cached_folder(settings.model, "tokenizer.json")
-        if cached is None:
+        if cached is None or cached != cached_folder(settings.model, "config.json"):
             return None
         name = str(cached)
     if not os.path.isfile(settings.data.path):  # noqa: PTH113
@@ -157,29 +165,44 @@ class Fits:
     hours: float | None
 
 
-def on_cards(asked: Workload, found: Forecast, peak: int) -> list[Fits]:
-    """Every named card."""
+def on_cards(asked: Workload, found: Forecast, peak: int, *, processes: int) -> list[Fits]:
+    """Every named card, of which each process has one."""
     times, single = asked.times(), _computes_in_single(asked.plan)
-    return [
-        Fits(
-            card,
-            peak <= card.memory,
-            None
-            if times is None
-            else times
-            * found.trace.flops
-            / _REACHED
-            / (card.single if single else card.half)
-            / 3600,
-        )
-        for card in CARDS
-    ]
+    flops = found.trace.flops + found.trace.attention_flops
+
+    def hours(card: Card) -> float | None:
+        rate = _REACHED * (card.single if single else card.half) * processes
+        return None if times is None else times * flops / rate / 3600
+
+    usable = [card for card in CARDS if card.ampere or not _computes_in_bfloat16(asked.plan)]
+    return [Fits(card, peak <= card.memory, hours(card)) for card in usable]
 
 
 def _computes_in_single(plan: Plan) -> bool:
     training, model = plan.settings.training, plan.settings.model
     mixed = training.get("fp16") or training.get("bf16")
     return not mixed and model.dtype == "float32"
+
+
+def _computes_in_bfloat16(plan: Plan) -> bool:
+    training, model = plan.settings.training, plan.settings.model
+    asked = (plan.settings.model.quantization or {}).get("bnb_4bit_compute_dtype")
+    return bool(training.get("bf16")) or model.dtype == "bfloat16" or asked == "bfloat16"
+
+
+def _foreseen(plan: Plan) -> Forecast:
+    """Raises UserError where torch cannot follow these settings without weights."""
+    try:
+        return forecast(plan)
+    except UserError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:120]
+        raise UserError.single(
+            "plan",
+            f"these settings cannot be followed without weights ({type(error).__name__}: {said}). "
+            "recipe/train.py --check tries them with weights.",
+        ) from error
 
 
 def report(
@@ -192,7 +215,7 @@ def report(
         name: of what has so much room.
         processes: that share the work, by ``strategy``.
     """
-    found = forecast(asked.plan)
+    found = _foreseen(asked.plan)
     shards = sharded(found, processes=processes, strategy=strategy)
     if room is None and asked.plan.device == "cpu":
         room, name = int(psutil.virtual_memory().total), "this machine"
@@ -209,10 +232,12 @@ def report(
         "strategy": strategy,
     }
     if asked.plan.device == "cuda":
-        cards = on_cards(asked, found, shards.peak)
+        cards = on_cards(asked, found, shards.peak, processes=processes)
         lines += _cards(cards, counted=asked.computed_tokens is not None)
+        if processes > 1:
+            lines += _processes(asked.plan, processes, strategy)
         content["cards"] = {one.card.name: one.fits for one in cards}
-    elif (times := asked.times()) is not None:
+    elif (times := asked.times()) is not None and _computes_in_single(asked.plan):
         seconds = times * _cpu_seconds(asked.plan, found)
         content["seconds"] = round(seconds)
         lines.append(
@@ -237,10 +262,11 @@ def report(
 
 def _cpu_seconds(plan: Plan, found: Forecast) -> float:
     """Of the micro-batch, at the rate that this CPU has now."""
-    tokens = _computed(plan.rows, share=plan.share_openings)
+    tokens = min(_computed(plan.rows, share=plan.share_openings), _MEASURED_TOKENS)
     config = plan.config
     rate = cpu_rate(tokens=tokens, hidden=config.hidden_size, inner=config.intermediate_size)
-    return rate.seconds(flops=found.trace.flops, written=found.trace.written)
+    flops = found.trace.flops + found.trace.attention_flops
+    return rate.seconds(flops=flops, written=found.trace.written)
 
 
 def _table(plan: Plan, found: Forecast, shards: Sharded) -> list[str]:
@@ -280,21 +306,33 @@ def _room(
     if shards.peak <= room:
         return [f"fits      into {name}, {_gib(room)}: {_gib(room - shards.peak)} to spare"], []
     lines = [f"too large for {name}, {_gib(room)}, by {_gib(shards.peak - room)}"]
-    ways = remedies(plan, found, room=room) if shards.processes == 1 else []
+    if shards.processes > 1:
+        return [*lines, "          what would make it fit is found for one process"], []
+    ways = remedies(plan, found, room=room)
     if not ways:
         return [*lines, "          nothing known here makes it fit: take a larger card"], ways
-    lines[0] += ". What makes it fit, quickest first:"
+    lines[0] += ". What makes it fit, first what trains the same:"
     for way in ways:
         changed = "" if way.same else " · trains otherwise"
         lines.append(
             f"          {_gib(way.forecast.peak):>10} · {way.time:.2f} of the time · "
-            f"{' '.join(map(_quoted, way.overrides))}{changed}"
+            f"{shlex.join(way.overrides)}{changed}"
         )
     return lines, ways
 
 
-def _quoted(override: str) -> str:
-    return f"'{override}'" if " " in override else override
+def _processes(plan: Plan, processes: int, strategy: str) -> list[str]:
+    """What of a forecast for many processes this version cannot run."""
+    lines = []
+    if strategy != "ddp":
+        lines.append(f"          {strategy} is forecast only: this version trains by ddp")
+    steps = int(plan.settings.training.get("gradient_accumulation_steps", 1))
+    if steps % processes:
+        lines.append(
+            f"          training.gradient_accumulation_steps={steps} is not divided by {processes} "
+            f"processes: use a multiple of {processes}"
+        )
+    return lines
 
 
 def _gib(count: int) -> str:

@@ -14,6 +14,9 @@ import argparse
 import hashlib
 import json
 import os
+import platform
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import recipe
 from recipe.exit_codes import run_command
 from recipe.proving.lessons import LESSONS, Asked
 from recipe.settings import RunFailed, Settings, UserError, dump, load_settings
@@ -48,6 +52,13 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     if args.lesson and args.lesson not in LESSONS:
         listed = ", ".join(LESSONS)
         raise UserError.single("--lesson", f"{args.lesson!r} is none. Choose among {listed}.")
+    given = {"--arms": args.arms, "an override": args.overrides} if args.lesson is not None else {}
+    if args.config:
+        given = {"--model": args.model, "--adapter": args.adapter, "--seed": args.seed}
+    for name, value in given.items():
+        if value:
+            mode = "a lesson" if args.lesson is not None else "--config"
+            raise UserError.single(name, f"has no effect with {mode}. Leave it out.")
     return args
 
 
@@ -85,6 +96,8 @@ def _one_arm(config: str, overrides: Sequence[str]) -> None:
 
 def _check_arms(args: argparse.Namespace, settings: Settings) -> None:
     """Every arm's settings are valid before one is measured."""
+    import torch
+
     arms = settings.study.arms
     if not arms:
         raise UserError.single(
@@ -94,8 +107,23 @@ def _check_arms(args: argparse.Namespace, settings: Settings) -> None:
         unknown = next((name for name in names or () if name not in arms), None)
         if unknown is not None:
             raise UserError.single(flag, f"{unknown!r} is no arm. Choose among {'; '.join(arms)}.")
+    files = {name: _file(name) for name in arms}
+    for name, file in files.items():
+        if not re.fullmatch(r"[\w.+-]+", file) or list(files.values()).count(file) > 1:
+            raise UserError.single(
+                "study.arms",
+                f"{name!r} names no file of its own. Use letters, digits, spaces, commas, + and -.",
+            )
     for overrides in arms.values():
-        load_settings(args.config, [*args.overrides, *overrides])
+        arm = load_settings(args.config, [*args.overrides, *overrides])
+        if arm.data.held_out is None:
+            raise UserError.single(
+                "data.held_out", "is missing, and arms are compared on such rows. Name some."
+            )
+        if arm.training.get("fp16") and not torch.cuda.is_available():
+            raise UserError.single(
+                "training.fp16", "computes in float32 on a CPU. Leave it out, or use a GPU."
+            )
 
 
 def _study(args: argparse.Namespace, settings: Settings, folder: Path) -> None:
@@ -103,7 +131,7 @@ def _study(args: argparse.Namespace, settings: Settings, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Mapping[str, Any]] = {}
     for name, overrides in arms.items():
-        kept = folder / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        kept = folder / f"{_file(name)}.json"
         mark = _mark(args.config, [*args.overrides, *overrides])
         before = _kept(kept, mark)
         if before is None or name in (args.arms or ()):
@@ -120,6 +148,10 @@ def _study(args: argparse.Namespace, settings: Settings, folder: Path) -> None:
     print("\n" + "\n".join(table(found)) + "\n\n" + "\n".join(map(str, files)))
 
 
+def _file(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
+
+
 def _mark(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What must be the same for a measurement to be kept."""
     import torch
@@ -128,13 +160,20 @@ def _mark(config: str, overrides: Sequence[str]) -> dict[str, Any]:
     # Another arm in the list changes nothing in this one.
     alone = settings.study.model_copy(update={"arms": None, "ladder": None})
     settings = settings.model_copy(update={"study": alone})
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
+        "recipe": recipe.__version__,
         "settings_sha256": hashlib.sha256(dump(settings).encode()).hexdigest(),
+        "data_sha256": _sha256(Path(settings.data.path)),
         "versions": {name: version(name) for name in _MEASURED_BY},
         "device": device,
         "threads": torch.get_num_threads(),
     }
+
+
+def _sha256(file: Path) -> str | None:
+    """None for a dataset of the hub."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _kept(file: Path, mark: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -156,7 +195,7 @@ def _measured(name: str, config: str, overrides: Sequence[str]) -> dict[str, Any
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise RunFailed(
             f"{name}: ended with {done.returncode}: {' '.join(said)}. What was measured before is "
-            f"kept; alone: python recipe/study.py --arm {config} {' '.join(overrides)}"
+            f"kept; alone: python recipe/study.py --arm {shlex.join([config, *overrides])}"
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {**found, "date": datetime.now(UTC).isoformat(timespec="seconds")}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from recipe.memory.forecast import ADAPTER, OPTIMIZER, Forecast
-from recipe.memory.trace import GRADIENTS, SAVED
+from recipe.memory.live_bytes import GRADIENTS, SAVED
 
 _WEIGHTS = "base weights"
 _MIB = 2**20

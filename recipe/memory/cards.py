@@ -7,16 +7,20 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Card:
-    """``memory`` in bytes; ``half`` and ``single`` are FLOP/s in 16 bit and float32."""
+    """``memory`` in bytes; ``half`` and ``single`` are FLOP/s in 16 bit and float32. ``ampere`` or
+    later has bfloat16 and the variable-length attention that a forecast follows.
+    """
 
     name: str
     memory: int
     half: float
     single: float
+    ampere: bool
 
 
 def _card(name: str, mib: int, half: float, single: float) -> Card:
-    return Card(name, mib * _MIB, half * 1e12, single * 1e12)
+    older = name.startswith(("T4", "V100"))
+    return Card(name, mib * _MIB, half * 1e12, single * 1e12, ampere=not older)
 
 
 CARDS = (

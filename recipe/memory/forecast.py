@@ -104,8 +104,11 @@ def forecast(plan: Plan) -> Forecast:
         moving=sum(live.values()),
         written_a_layer=trace.written // plan.config.num_hidden_layers,
     )
-    extra = {PROCESS: plan.imported + process, ALLOCATOR: allocator}
+    imported = plan.imported if plan.device == "cpu" else 0
+    extra = {PROCESS: imported + process, ALLOCATOR: allocator}
     notes = [] if is_known(optim) else [f"{optim}: its state is taken for AdamW's"]
+    if plan.device == "cuda":
+        notes.append("process and allocator are assumed of CUDA, not measured")
     return Forecast({**items, **extra}, phase, trace.saved, adapter, trace, notes)
 
 
@@ -114,7 +117,7 @@ def surroundings(device: str, *, moving: int, written_a_layer: int) -> tuple[int
 
     Args:
         moving: what lives at the peak beside weights, adapter and optimizer state.
-        written_a_layer: results of all operations of a layer, forward and backward.
+        written_a_layer: results of all operations, forward and backward, by the layers.
     """
     if device == "cuda":
         return _CUDA_CONTEXT, round(_CUDA_SHARE * moving)

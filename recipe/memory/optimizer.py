@@ -68,6 +68,6 @@ def _more(optim: str, args: str | None) -> int:
     """States that only options ask for."""
     if not args or optim not in ("sgd", "rmsprop"):
         return 0
-    given = dict(pair.split("=", 1) for pair in args.replace(" ", "").split(","))
+    given = dict(pair.partition("=")[::2] for pair in args.replace(" ", "").split(","))
     centered = given.get("centered", "False").lower() in ("true", "1")
-    return (float(given.get("momentum", 0)) != 0) + centered
+    return (given.get("momentum", "0").strip("0.") != "") + centered

@@ -12,12 +12,15 @@ from torch.profiler import ProfilerActivity, profile
 _STATUS = Path("/proc/self/status")
 
 
-def peak_memory() -> dict[str, int]:
+def peak_memory(device: str | None = None) -> dict[str, int]:
     """Peak bytes so far: ``allocated`` and ``reserved`` on CUDA, else ``resident``.
 
     ``resident`` counts from the start of the process, so loading is in it.
+
+    Args:
+        device: that computes; None is CUDA where there is one.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device in (None, "cuda"):
         return {
             "allocated": torch.cuda.max_memory_allocated(),
             "reserved": torch.cuda.max_memory_reserved(),

@@ -1,6 +1,7 @@
 """What would make a run fit, each with what it costs in time."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +39,7 @@ def remedies(plan: Plan, found: Forecast, *, room: int) -> list[Remedy]:
     where even these do not.
     """
     before = _cost(plan, found)
-    single = [_tried(one, before) for one in _candidates(plan)]
+    single = _all_tried(plan, before)
     fitting = [one for one in single if one.forecast.peak <= room]
     if fitting:
         return _ranked(fitting)
@@ -48,7 +49,7 @@ def remedies(plan: Plan, found: Forecast, *, room: int) -> list[Remedy]:
 def smaller(plan: Plan, found: Forecast) -> list[Remedy]:
     """Single changes that save a twentieth of what is allocated or more, the quickest first."""
     before = _cost(plan, found)
-    tried = [_tried(one, before) for one in _candidates(plan)]
+    tried = _all_tried(plan, before)
     least = _NOTABLE * found.allocated
     return _ranked([one for one in tried if found.peak - one.forecast.peak >= least])
 
@@ -62,7 +63,7 @@ def _together(plan: Plan, found: Forecast, room: int, *, before: float) -> list[
     overrides: list[str] = []
     same, now, ahead = True, plan, found
     for _ in range(12):
-        tried = [_tried(one, before) for one in _candidates(now)]
+        tried = _all_tried(now, before)
         best = min(tried, key=lambda one: one.forecast.peak, default=None)
         if best is None or best.forecast.peak >= ahead.peak:
             return []
@@ -85,6 +86,14 @@ class _Change:
     same: bool
 
 
+def _all_tried(plan: Plan, before: float) -> list[Remedy]:
+    found = []
+    for change in _candidates(plan):
+        with suppress(Exception):  # what cannot be followed, such as DoRA in 4 bit, is no remedy
+            found.append(_tried(change, before))
+    return found
+
+
 def _tried(change: _Change, before: float) -> Remedy:
     ahead = forecast(change.plan)
     time = _cost(change.plan, ahead) / before
@@ -94,7 +103,8 @@ def _tried(change: _Change, before: float) -> Remedy:
 def _cost(plan: Plan, found: Forecast) -> float:
     """Of a token, in operations."""
     tokens = sum(map(len, plan.rows))
-    return (found.trace.flops + _FLOPS_A_BYTE[plan.device] * found.trace.written) / tokens
+    a_byte = _FLOPS_A_BYTE.get(plan.device, _FLOPS_A_BYTE["cuda"])
+    return (found.trace.flops + found.trace.attention_flops + a_byte * found.trace.written) / tokens
 
 
 def _candidates(plan: Plan) -> Iterator[_Change]:
@@ -153,7 +163,8 @@ def _model(plan: Plan, **values: Any) -> _Change:
 
 def _starts_from_weights(settings: Settings) -> bool:
     """Whether peft computes the adapter's start from weights, which must then be whole."""
-    return isinstance(settings.lora.get("init_lora_weights"), str)
+    start = settings.lora.get("init_lora_weights")
+    return isinstance(start, str) and start not in ("gaussian", "orthogonal")
 
 
 def _shorter(plan: Plan, length: int) -> _Change:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from recipe.memory.forecast import ADAPTER, OPTIMIZER, Forecast
-from recipe.memory.trace import GRADIENTS
+from recipe.memory.live_bytes import GRADIENTS
 
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
 _GATHERED_LAYERS = 2  # the one that computes, and the next one, fetched meanwhile

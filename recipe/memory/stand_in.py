@@ -55,8 +55,6 @@ def stand_in(
     if device == "cuda":
         _exchange_dropout(model)
     _make_fake(model, mode)
-    if config.tie_word_embeddings:
-        model.get_base_model().tie_weights()
     if checkpoints_activations(settings):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.study.checkpoint == "feed_forward":
@@ -183,7 +181,7 @@ class _Int8Product(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         quantised = flat.to(torch.float16).to(torch.int8)
-        product = torch.empty(len(flat), len(weight), dtype=torch.int32)
+        product = torch._int_mm(quantised, weight.t())
         ctx.tensors = (flat, weight)  # not by save_for_backward: no hook sees it
         del quantised
         return product.to(x.dtype).view(*x.shape[:-1], len(weight))

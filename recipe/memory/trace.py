@@ -5,7 +5,6 @@ is in the count. Each result of each operation is followed until it is freed, as
 would; of what a kernel takes for itself inside, nothing is seen.
 """
 
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,33 +14,20 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
+from recipe.memory.live_bytes import GRADIENTS, SAVED, LiveBytes
 from recipe.memory.stand_in import stand_in
 from recipe.model.attention import assumed_varlen
 from recipe.settings import Settings
 from recipe.training.head import OutputHead
 from recipe.training.loss import TokenLoss
 
-SAVED, RECOMPUTED, LOGITS, GRADIENTS, TEMPORARY = (
-    "saved activations",
-    "recomputation",
-    "logits and loss",
-    "gradients",
-    "temporaries",
-)
 K = TypeVar("K")
 # Two depths tell any other: each layer keeps, computes and takes the same.
 _DEPTHS = (2, 3)
-_PRODUCTS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-}
 
 
 @dataclass(frozen=True)
@@ -53,6 +39,7 @@ class Trace:
     ``layer_weights`` are those of one layer. ``peaks`` holds for each phase (forward, loss,
     backward, evaluation) what lives at its peak beyond weights and optimizer state, by kind.
     ``saved`` lives between forward and backward pass. ``flops`` are those of matrix products,
+    ``attention_flops`` of attention, of long rows as if each were as long as the longest,
     ``written`` the bytes of all results, of a micro-batch.
     """
 
@@ -62,6 +49,7 @@ class Trace:
     layer_weights: int
     saved: int
     flops: int
+    attention_flops: int
     written: int
     peaks: Mapping[str, Mapping[str, int]]
 
@@ -105,7 +93,13 @@ def traced(
 
 
 def _differs_by_layer(lora: Mapping[str, Any]) -> bool:
-    keys = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+    keys = (
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "exclude_modules",
+    )
     targets = lora.get("target_modules")
     by_name = isinstance(targets, str) and targets != "all-linear"
     listed = [] if targets is None or isinstance(targets, str) else targets
@@ -127,6 +121,7 @@ def _extrapolated(shallow: Trace, deeper: Trace, *, times: int) -> Trace:
         layer_weights=deeper.layer_weights,
         saved=number(shallow.saved, deeper.saved),
         flops=number(shallow.flops, deeper.flops),
+        attention_flops=number(shallow.attention_flops, deeper.attention_flops),
         written=number(shallow.written, deeper.written),
         peaks={name: each(shallow.peaks[name], deeper.peaks[name]) for name in deeper.peaks},
     )
@@ -154,7 +149,7 @@ class _Following:
         whole = self.settings.study.logits == "whole"
         head = OutputHead(model, autocast=self.autocast, device=self.device, whole=whole)
         head.assume_unscaled()
-        live = _LiveBytes([*model.parameters(), *model.buffers()])
+        live = LiveBytes([*model.parameters(), *model.buffers()])
         accumulates = self.settings.training.get("gradient_accumulation_steps", 1) > 1
         with mode, assumed_varlen(self._has_varlen(model)):
             if accumulates:  # what the micro-batches before left
@@ -174,7 +169,17 @@ class _Following:
             p.numel() * p.element_size()
             for p in model.get_base_model().model.layers[0].parameters()
         )
-        return Trace(weights, trainable, shapes, layer, saved, live.flops, live.written, live.peaks)
+        return Trace(
+            weights,
+            trainable,
+            shapes,
+            layer,
+            saved,
+            flops=live.flops,
+            attention_flops=live.attention_flops,
+            written=live.written,
+            peaks=live.peaks,
+        )
 
     def _has_varlen(self, model: PeftModel) -> bool:
         """As ``attention`` decides on a card of Ampere or later."""
@@ -194,7 +199,7 @@ class _Following:
         }
 
     def _step(
-        self, model: PeftModel, head: OutputHead, live: "_LiveBytes", batch: dict[str, Any]
+        self, model: PeftModel, head: OutputHead, live: "LiveBytes", batch: dict[str, Any]
     ) -> int:
         labels, loss_of = batch.pop("labels"), TokenLoss(head.nll)
         for parameter in model.parameters():
@@ -214,16 +219,16 @@ class _Following:
         return saved
 
     def _evaluate(
-        self, model: PeftModel, head: OutputHead, live: "_LiveBytes", batch: dict[str, Any]
+        self, model: PeftModel, head: OutputHead, live: "LiveBytes", batch: dict[str, Any]
     ) -> None:
         labels = batch.pop("labels")
         for parameter in model.parameters():
             parameter.grad = None
         model.eval()
-        flops, written = live.flops, live.written
+        counted = live.flops, live.attention_flops, live.written
         with live, live.phase("evaluation"), torch.no_grad(), self._computing(), head.apart():
             head.nll(model(**batch).logits[0], labels)
-        live.flops, live.written = flops, written
+        live.flops, live.attention_flops, live.written = counted
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -240,96 +245,3 @@ def _by_dtype(model: PeftModel, *, trained: bool) -> dict[str, int]:
     for tensor in {id(tensor): tensor for tensor in tensors}.values():
         found[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
     return dict(found)
-
-
-@dataclass
-class _Block:
-    nbytes: int
-    kind: str
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the memory behind the results of all operations until it is freed.
-
-    Args:
-        weights: what is there already, and is counted elsewhere.
-    """
-
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.by_kind: Counter[str] = Counter()
-        self.peaks: dict[str, dict[str, int]] = {}
-        self.flops = self.written = 0
-        self._blocks: dict[int, _Block] = {}
-        self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
-        self._phase = ""
-        self._highest = -1
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS:
-            self.flops += 2 * out.numel() * args[-2].shape[-1]  # (…, n, k) x (…, k, m)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor.untyped_storage())
-        return out
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What is made meanwhile is of this phase, and its peak is kept."""
-        self._phase, self._highest = name, -1
-        self._note_peak()
-        yield
-        self._phase = ""
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """What autograd keeps of the operations meanwhile is ``SAVED``."""
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            self._move(tensor.untyped_storage()._cdata, SAVED)
-            return tensor.detach()
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            yield
-
-    def known(self, tensor: torch.Tensor | None, kind: str) -> None:
-        """Say what a tensor is."""
-        if tensor is not None:
-            self._follow(tensor.untyped_storage())
-            self._move(tensor.untyped_storage()._cdata, kind)
-
-    def _move(self, key: int, kind: str) -> None:
-        block = self._blocks.get(key)
-        if block is not None and block.kind != kind:
-            self.by_kind[block.kind] -= block.nbytes
-            self.by_kind[kind] += block.nbytes
-            block.kind = kind
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._blocks or key in self._weights:
-            return
-        block = self._blocks[key] = _Block(storage.nbytes(), self._kind())
-        self.by_kind[block.kind] += block.nbytes
-        self.written += block.nbytes
-        weakref.finalize(storage, self._freed, key)
-        self._note_peak()
-
-    def _kind(self) -> str:
-        if self._phase == "backward":
-            # Only what is computed again builds a graph there.
-            return RECOMPUTED if torch.is_grad_enabled() else TEMPORARY
-        return LOGITS if self._phase == "loss" else TEMPORARY
-
-    def _note_peak(self) -> None:
-        total = self.by_kind.total()
-        if self._phase and total > self._highest:
-            self._highest = total
-            self.peaks[self._phase] = {kind: n for kind, n in self.by_kind.items() if n}
-
-    def _freed(self, key: int) -> None:
-        block = self._blocks.pop(key)
-        self.by_kind[block.kind] -= block.nbytes

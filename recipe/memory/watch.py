@@ -83,7 +83,7 @@ class MemoryWatch(TrainerCallback):
             return None
         frozen = [p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
         frozen += _scales(model)
-        peak = peak_memory()
+        peak = peak_memory(next(model.parameters()).device.type)
         return Measured(
             weights=live_bytes(frozen),
             adapter=live_bytes([p for p in model.parameters() if p.requires_grad]),

@@ -38,7 +38,7 @@ def load_config(settings: ModelSettings) -> LlamaConfig:
         UserError: it cannot be loaded, is not that of a Llama-architecture model, or says that
             the weights are quantised otherwise than the settings do.
     """
-    _check_folder(settings)
+    check_folder(settings)
     with _loading(settings, "config"):
         config = AutoConfig.from_pretrained(
             settings.name_or_path, revision=settings.revision, trust_remote_code=False
@@ -59,7 +59,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it cannot be loaded, or it has no EOS token to train.
     """
-    _check_folder(settings)
+    check_folder(settings)
     with _loading(settings, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             settings.name_or_path, revision=settings.revision, trust_remote_code=False
@@ -178,7 +178,7 @@ def generation_config_notes(settings: ModelSettings) -> list[str]:
     return []
 
 
-def _check_folder(settings: ModelSettings) -> None:
+def check_folder(settings: ModelSettings) -> None:
     """A path that is no folder must not be asked of the hub: that would be a network call."""
     name = settings.name_or_path
     prefixes = ("models/", "runs/", "./", "../", "/", "~")

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
-from transformers import AutoConfig, LlamaConfig
+from huggingface_hub.errors import HFValidationError
+from transformers import LlamaConfig
 
-from recipe.model.checkpoint import load_config
+from recipe.model.checkpoint import check_folder, load_config
 from recipe.settings import ModelSettings, UserError
 
 _FILE = Path(__file__).with_name("shapes.yaml")
@@ -26,13 +27,13 @@ def shape_of(settings: ModelSettings) -> tuple[LlamaConfig, str]:
         UserError: none of these is there, or the folder is none of a Llama-architecture model.
     """
     name = settings.name_or_path
+    check_folder(settings)
     if os.path.isdir(name):  # noqa: PTH112
         return load_config(settings), f"{name}/config.json"
     cached = cached_folder(settings, "config.json")
     if cached is not None:
-        config = AutoConfig.from_pretrained(cached, trust_remote_code=False, local_files_only=True)
-        if isinstance(config, LlamaConfig):
-            return config, "config.json in the hub's cache"
+        here = settings.model_copy(update={"name_or_path": str(cached), "revision": None})
+        return load_config(here), "config.json in the hub's cache"
     shapes = published()
     if name in shapes:
         return config_of(shapes[name]), "the published shape in recipe/model/shapes.yaml"
@@ -46,9 +47,12 @@ def shape_of(settings: ModelSettings) -> tuple[LlamaConfig, str]:
 
 def cached_folder(settings: ModelSettings, file: str) -> Path | None:
     """Where the hub's cache has ``file`` of the checkpoint; None where it has not."""
-    found = try_to_load_from_cache(
-        settings.name_or_path, file, cache_dir=HF_HUB_CACHE, revision=settings.revision
-    )
+    try:
+        found = try_to_load_from_cache(
+            settings.name_or_path, file, cache_dir=HF_HUB_CACHE, revision=settings.revision
+        )
+    except HFValidationError:  # no name that the hub could have
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 

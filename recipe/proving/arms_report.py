@@ -72,11 +72,15 @@ def _ratios(arms: Arms) -> list[tuple[str, ...]]:
         base = arms.get(base_of(name) or "")
         if base is None:
             continue
-        ratios = (arm["bytes"][kind] / base["bytes"][kind] for kind in (*KINDS, "allocated"))
+        ratios = (_ratio(arm["bytes"][kind], base["bytes"][kind]) for kind in (*KINDS, "allocated"))
         time = _token_seconds(arm) / _token_seconds(base)
         reason = _REASONS.get(name.rpartition(", ")[2], "")
-        rows.append((name, *(f"×{ratio:.2f}" for ratio in ratios), f"×{time:.2f}", reason))
+        rows.append((name, *ratios, f"×{time:.2f}", reason))
     return rows
+
+
+def _ratio(bytes_of_arm: int, bytes_of_base: int) -> str:
+    return f"×{bytes_of_arm / bytes_of_base:.2f}" if bytes_of_base else "–"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -75,7 +75,7 @@ def check_same_run(
         # What is done with the adapter in the end changes nothing of it.
         if began.get(key) != asked.get(key)
         and key != "name"
-        and not key.startswith(("hub.", "judging."))
+        and not key.startswith(("hub.", "judging.", "study."))
     ]
     changed = [f.name for f in fields(now) if getattr(beginning, f.name) != getattr(now, f.name)]
     may = {*_ALLOWED, *(key for key in differing if not _in_the_states(key))}

@@ -47,8 +47,8 @@ class TokenWeightedTrainer(Trainer):
         self._finite = finite
         self._log = log
         self._head = head
-        # Rows, by their index, and whether they are evaluated → what to do where memory lacks.
-        self.what_takes_less: Callable[[Sequence[int], bool], str] | None = None
+        # Rows, by their index, whether they are evaluated, and the step before → what to do.
+        self.what_takes_less: Callable[[Sequence[int], bool, int], str] | None = None
 
     def training_step(
         self,
@@ -84,7 +84,7 @@ class TokenWeightedTrainer(Trainer):
     def _smaller(self, rows: list[int], *, evaluating: bool) -> str:
         if self.what_takes_less is not None:
             with suppress(Exception):  # a remedy is worth no second error
-                return self.what_takes_less(rows, evaluating)
+                return self.what_takes_less(rows, evaluating, self.state.global_step)
         which = "eval" if evaluating else "train"
         return f"Lower training.per_device_{which}_batch_size"
 

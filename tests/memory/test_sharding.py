@@ -7,8 +7,9 @@ from math import ceil
 import pytest
 
 from recipe.memory.forecast import ADAPTER, ALLOCATOR, OPTIMIZER, PROCESS, Forecast
+from recipe.memory.live_bytes import GRADIENTS, SAVED, TEMPORARY
 from recipe.memory.sharding import STRATEGIES, sharded
-from recipe.memory.trace import GRADIENTS, SAVED, TEMPORARY, Trace
+from recipe.memory.trace import Trace
 
 # No two alike, and no number of processes divides them.
 SIZES = {

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
 from recipe.memory import trace as trace_module
-from recipe.memory.trace import GRADIENTS, RECOMPUTED, SAVED, Trace, traced
+from recipe.memory.live_bytes import GRADIENTS, RECOMPUTED, SAVED
+from recipe.memory.trace import Trace, traced
 from recipe.model import attention
 from recipe.model.lora import add_lora
 from recipe.settings import Settings, load_settings
