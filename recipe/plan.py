@@ -72,7 +72,7 @@ def _room(card: str | None) -> tuple[int | None, str]:
 
     if card is None:
         return None, ""
-    if re.fullmatch(r"\d+(\.\d+)?", card) and float(card) > 0:
+    if re.fullmatch(r"\d{1,6}(\.\d+)?", card) and float(card) > 0:
         return round(float(card) * 2**30), f"{card} GiB"
     found = card_named(card)
     if found is None:

@@ -35,6 +35,7 @@ _REACHED = 0.45
 _ASSUMED_TOKENS = 512
 _SHOWN_FROM = 2**30 // 200  # bytes that are 0.00 GiB no more
 _MEASURED_TOKENS = 512
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _COUNTED = 500  # micro-batches, of which the share of common openings is counted
 
 
@@ -118,6 +119,8 @@ def _local(settings: Settings) -> Settings | None:
         if cached is None or cached != cached_folder(settings.model, "config.json"):
             return None
         name = str(cached)
+    elif not any(os.path.isfile(f"{name}/{file}") for file in _TOKENIZERS):  # noqa: PTH113
+        return None
     if not os.path.isfile(settings.data.path):  # noqa: PTH113
         return None
     model = settings.model.model_copy(update={"name_or_path": name, "revision": None})
@@ -128,6 +131,11 @@ def _assumed(
     settings: Settings, config: LlamaConfig, arguments: TrainingArguments
 ) -> tuple[list[TokenizedRow], list[TokenizedRow]]:
     context = int(config.max_position_embeddings)
+    if settings.data.max_length and settings.data.max_length > context:
+        raise UserError.single(
+            "data.max_length",
+            f"{settings.data.max_length} is beyond this model's context of {context}. Lower it.",
+        )
     tokens = min(settings.data.max_length or _ASSUMED_TOKENS, context)
 
     def rows(count: int) -> list[TokenizedRow]:
@@ -158,7 +166,7 @@ def _computed(rows: Sequence[TokenizedRow], *, share: bool) -> int:
 
 @dataclass(frozen=True)
 class Fits:
-    """A card, and whether the run fits; ``hours`` is None where the rows are not counted."""
+    """``hours`` is None where the rows are not counted."""
 
     card: Card
     fits: bool
@@ -186,7 +194,7 @@ def _computes_in_single(plan: Plan) -> bool:
 
 def _computes_in_bfloat16(plan: Plan) -> bool:
     training, model = plan.settings.training, plan.settings.model
-    asked = (plan.settings.model.quantization or {}).get("bnb_4bit_compute_dtype")
+    asked = (model.quantization or {}).get("bnb_4bit_compute_dtype")
     return bool(training.get("bf16")) or model.dtype == "bfloat16" or asked == "bfloat16"
 
 
@@ -218,7 +226,7 @@ def report(
     found = _foreseen(asked.plan)
     shards = sharded(found, processes=processes, strategy=strategy)
     if room is None and asked.plan.device == "cpu":
-        room, name = int(psutil.virtual_memory().total), "this machine"
+        room, name = int(psutil.virtual_memory().total) // processes, "this machine"
     lines = [*asked.described, *_table(asked.plan, found, shards)]
     content: dict[str, Any] = {
         "settings": asked.plan.settings.name,
@@ -238,8 +246,7 @@ def report(
             lines += _processes(asked.plan, processes, strategy)
         content["cards"] = {one.card.name: one.fits for one in cards}
     elif (times := asked.times()) is not None and _computes_in_single(asked.plan):
-        seconds = times * _cpu_seconds(asked.plan, found)
-        content["seconds"] = round(seconds)
+        content["seconds"] = seconds = round(times * _cpu_seconds(asked.plan, found))
         lines.append(
             f"time      about {_hours(seconds / 3600)} of training on this CPU, at the rate of its "
             f"{torch.get_num_threads()} threads now"

@@ -52,7 +52,9 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     if args.lesson and args.lesson not in LESSONS:
         listed = ", ".join(LESSONS)
         raise UserError.single("--lesson", f"{args.lesson!r} is none. Choose among {listed}.")
-    given = {"--arms": args.arms, "an override": args.overrides} if args.lesson is not None else {}
+    given: dict[str, object] = {}
+    if args.lesson is not None:
+        given = {"--arms": args.arms, **dict.fromkeys(args.overrides, True)}
     if args.config:
         given = {"--model": args.model, "--adapter": args.adapter, "--seed": args.seed}
     for name, value in given.items():
@@ -242,8 +244,14 @@ def _newest() -> str | None:
 
 
 def _check_folder(folder: Path) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    # os.path, because Path's own raise where a name is too long for any file system.
+    there = next(
+        path
+        for path in (folder, *folder.absolute().parents)
+        if os.path.exists(path)  # noqa: PTH110
+    )
+    name_fits = all(len(part.encode()) < 256 for part in folder.parts)
+    if not name_fits or not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError.single("--folder", f"{there} cannot be written into. Name another.")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 def file_objection(path: str) -> str | None:
     """Why no file can be written there; nothing is ever overwritten."""
+    if not path:
+        return "empty. Name a file."
     return _taken(path) or _no_parent(path, parents=False)
 
 

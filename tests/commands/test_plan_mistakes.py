@@ -35,9 +35,12 @@ MISTAKES = {
     ),
     "drop_last": (
         ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=13"],
-        "training.dataloader_drop_last: 12 rows do not fill",
+        "training.dataloader_drop_last: 12 rows fill no batch. Leave it out.",
     ),
-    "reporter": (["training.report_to=wandb"], "training.*: .*wandb"),
+    "not to be followed": (
+        ["lora.use_dora=true", "model.quantization={load_in_4bit: true}"],
+        "plan: these settings cannot be followed without weights .* recipe/train.py --check",
+    ),
     "a study's": (["study.logits=whole"], "study.logits: "),
 }
 

@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from recipe import run_memory
 from recipe.finetune import finetune
 from recipe.memory.account import Measured, account, lines, live_bytes
 from recipe.memory.forecast import Forecast
-from recipe.memory.trace import Trace
 from recipe.memory.watch import MemoryWatch
 from recipe.rehearsal import rehearse
 from recipe.settings import load_settings
@@ -119,24 +119,21 @@ def test_a_run_without_rehearsal_has_no_account(trained):
     assert "forecast" not in said
 
 
-@pytest.mark.parametrize(
-    "overrides", [[], ["lora.use_dora=true", f"model.quantization={{{NF4}}}"]], ids=" ".join
-)
-def test_a_forecast_that_cannot_be_made_costs_no_adapter(trained, monkeypatch, overrides):
+def test_a_forecast_that_cannot_be_made_costs_no_adapter(trained, monkeypatch):
     """When it is made, hours of training are behind it."""
 
     def fail(*_, **__):
-        raise RuntimeError("not to be followed")
+        raise RuntimeError
 
-    if not overrides:
-        monkeypatch.setattr(run_memory, "forecast", fail)
-    folder, _, said = trained(*overrides)
+    monkeypatch.setattr(run_memory, "forecast", fail)
+    folder, manifest, said = trained()
     assert (folder / "adapter/adapter_model.safetensors").is_file()
+    assert "memory" not in manifest
     assert "\nsaved " in said
 
 
 def test_an_item_that_is_not_as_forecast_is_shown_with_its_forecast():
-    trace = Trace({}, {}, {}, 0, saved=3 << 20, flops=7, written=8, peaks={})
+    trace = SimpleNamespace(flops=7, attention_flops=2, written=8)
     items = {
         "base weights, uint8": 6 << 20,
         "base weights, float32": 2 << 20,
@@ -158,7 +155,8 @@ def test_an_item_that_is_not_as_forecast_is_shown_with_its_forecast():
     )
     assert "(+0.0%)" in lines(ahead, on_card)[0]
     assert account(ahead, on_card)["measured"] == {"peak": 11 << 20, "reserved": 13 << 20}
-    assert account(ahead, on_card)["traced"] == {"flops": 7, "written": 8}
+    traced = account(ahead, on_card)["traced"]
+    assert (traced["flops"], traced["written"]) == (7, 8)
 
 
 def test_memory_behind_several_tensors_is_counted_once():

@@ -3,13 +3,13 @@
 import dataclasses
 from fractions import Fraction
 from math import ceil
+from types import SimpleNamespace
 
 import pytest
 
 from recipe.memory.forecast import ADAPTER, ALLOCATOR, OPTIMIZER, PROCESS, Forecast
 from recipe.memory.live_bytes import GRADIENTS, SAVED, TEMPORARY
 from recipe.memory.sharding import STRATEGIES, sharded
-from recipe.memory.trace import Trace
 
 # No two alike, and no number of processes divides them.
 SIZES = {
@@ -34,7 +34,7 @@ DIVIDED["fsdp"] = DIVIDED["zero3"]
 
 
 def foreseen(**other: int) -> Forecast:
-    trace = Trace({}, {}, {}, LAYER, saved=0, flops=0, written=0, peaks={})
+    trace = SimpleNamespace(layer_weights=LAYER)
     items = {name: n for name, n in (SIZES | other).items() if n}
     return Forecast(items, "backward", SIZES[SAVED], SIZES[GRADIENTS], trace)
 

@@ -69,7 +69,7 @@ def run(write_config, monkeypatch, clock):
         tokens.clear()
         settings = load_settings(str(config), list(overrides))
         folder = finetune(settings, watchers=list(watchers))
-        return json.loads((folder / "manifest.json").read_text())["time"], dict(tokens)
+        return json.loads((folder / "manifest.json").read_text()).get("time"), dict(tokens)
 
     return made
 
