@@ -262,18 +262,18 @@ def _parquet(path: Path, content: bytes) -> list[Any]:
 
 def _values(column: Any) -> list[Any]:
     """The values of an Arrow column. One that nobody needs may hold what Python cannot, such as
-    dates beyond the year 9999.
+    dates beyond the year 9999 or a time zone that nobody knows.
     """
     try:
         return list(column.to_pylist())
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, KeyError):
         return [_value(scalar) for scalar in column]
 
 
 def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, KeyError) as error:
         return Unreadable(str(error))
 
 
