@@ -124,11 +124,11 @@ def test_where_no_single_one_suffices_they_are_put_together(planned, load, monke
     # Of one layer, computing it again saves less than what malloc wastes of it.
     monkeypatch.setattr(forecast_module, "_CPU_LAYER_SHARE", 0)
     REMEMBERED.clear()
-    asked = ["lora.r=1024", "training.per_device_train_batch_size=2"]
-    plan = planned(*asked, device="cpu", held_out=(), lengths=(127, 120))
+    asked = ["lora.r=1024"]
+    plan = planned(*asked, device="cpu", held_out=(), lengths=(127, 120, 110, 100))
     found = remembered(plan)
     single = remedies(plan, found, room=ANY)
-    halved = "training.per_device_train_batch_size=1 training.gradient_accumulation_steps=2"
+    halved = " ".join(HALVED)
     assert {" ".join(way.overrides): way.same for way in single} == {
         CHECKPOINTED: True, halved: True, EIGHT_BIT_ADAM[0]: False
     }  # fmt: skip
@@ -138,7 +138,7 @@ def test_where_no_single_one_suffices_they_are_put_together(planned, load, monke
     assert len(way.overrides) > 1
     assert way.same == (EIGHT_BIT_ADAM[0] not in way.overrides)
     assert way.forecast == forecast(replace(way.plan, settings=load(*asked, *way.overrides)))
-    # All of them, where less would not do.
+    # All of them, where less would not do, and a batch halved twice.
     (all_of_them,) = remedies(plan, found, room=least(plan))
     names = [one.partition("=")[0] for one in all_of_them.overrides]
     assert len(names) == len(set(names))
@@ -155,7 +155,7 @@ def least(plan: Plan) -> int:
         "gradient_checkpointing": True,
         "optim": "adamw_bnb_8bit",
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": 4,
     }
     settings = plan.settings
     settings = settings.model_copy(update={"training": {**settings.training, **training}})
