@@ -180,7 +180,7 @@ class Twice(nn.Module):
 
 def test_what_is_kept_for_the_backward_pass_is_counted_and_nothing_else():
     """No weights, and nothing that is free again before the backward pass."""
-    model, watch, x = Twice(), MemoryWatch(), torch.ones(100, 8)
+    model, watch, x = Twice(), MemoryWatch(), torch.ones(100, 8, requires_grad=True)
     assert watch.measured(model) is None
     with watch.saving([], model):
         out = model(x)
