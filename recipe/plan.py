@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     from recipe.quiet import quiet_libraries
 
     quiet_libraries()
-    from recipe.planning import report, workload
+    from recipe.planning import report
+    from recipe.workload import workload
 
     if args.card and settings.training.get("use_cpu"):
         raise UserError.single("--card", "is no CPU, and training.use_cpu is set. Leave one out.")

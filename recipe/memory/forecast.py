@@ -5,16 +5,17 @@ from the shapes (``recipe.memory.trace``). What the process and the allocator ta
 fitted to runs that were measured (``make bench-forecast``).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import LlamaConfig
 
 from recipe.data.tokens import TokenizedRow
 from recipe.memory.optimizer import DEFAULT, is_known, state_bytes
 from recipe.memory.trace import Trace, traced
-from recipe.settings import Settings
+from recipe.settings import Settings, UserError
 
+Rows = Sequence[TokenizedRow]
 PROCESS, ALLOCATOR, OPTIMIZER, ADAPTER = (
     "process",
     "allocator",
@@ -35,16 +36,38 @@ class Plan:
 
     ``rows`` are the micro-batch with the most tokens, ``evaluated`` the largest batch of held-out
     rows; ``device`` is ``cpu`` or ``cuda``; ``share_openings`` as ``flatten`` has it; ``imported``
-    are the bytes that the process holds before it loads anything, on a CPU.
+    are the bytes that the process holds before it loads anything, on a CPU. ``deal`` gives both
+    kinds of rows anew for other settings, out of all rows; without it they are taken from these.
     """
 
     settings: Settings
     config: LlamaConfig
-    rows: Sequence[TokenizedRow]
-    evaluated: Sequence[TokenizedRow]
+    rows: Rows
+    evaluated: Rows
     device: str
     share_openings: bool
     imported: int = 0
+    deal: Callable[[Settings], tuple[Rows, Rows]] | None = None
+
+    def with_settings(self, settings: Settings) -> "Plan":
+        """The same for other settings, with the rows that these make decide."""
+        rows, evaluated = self.deal(settings) if self.deal else self._of_these(settings)
+        return replace(self, settings=settings, rows=rows, evaluated=evaluated)
+
+    def _of_these(self, settings: Settings) -> tuple[Rows, Rows]:
+        training, longest = settings.training, settings.data.max_length
+        return (
+            _longest(self.rows, int(training.get("per_device_train_batch_size", 8)), longest),
+            _longest(self.evaluated, int(training.get("per_device_eval_batch_size", 8)), longest),
+        )
+
+
+def _longest(rows: Rows, count: int, max_length: int | None) -> Rows:
+    """At most ``count``; of longer rows the end, as others of that length may take their place."""
+    kept = sorted(rows, key=len, reverse=True)[:count] if len(rows) > count else rows
+    if max_length is None:
+        return kept
+    return [TokenizedRow(r.index, r.input_ids[-max_length:], r.trained[-max_length:]) for r in kept]
 
 
 @dataclass(frozen=True)
@@ -75,16 +98,10 @@ def forecast(plan: Plan) -> Forecast:
     """Follow one micro-batch, and add what surrounds it.
 
     Raises:
-        UserError: LoraConfig's fields do not fit the model.
+        UserError: LoraConfig's fields do not fit the model, or torch cannot follow these settings
+            on tensors without memory.
     """
-    trace = traced(
-        plan.config,
-        plan.settings,
-        plan.rows,
-        evaluated=plan.evaluated,
-        device=plan.device,
-        share_openings=plan.share_openings,
-    )
+    trace = _followed(plan)
     training = plan.settings.training
     optim = str(training.get("optim") or DEFAULT)
     phase = max(trace.peaks, key=lambda name: sum(trace.peaks[name].values()))
@@ -110,6 +127,27 @@ def forecast(plan: Plan) -> Forecast:
     if plan.device == "cuda":
         notes.append("process and allocator are assumed of CUDA, not measured")
     return Forecast({**items, **extra}, phase, trace.saved, adapter, trace, notes)
+
+
+def _followed(plan: Plan) -> Trace:
+    try:
+        return traced(
+            plan.config,
+            plan.settings,
+            plan.rows,
+            evaluated=plan.evaluated,
+            device=plan.device,
+            share_openings=plan.share_openings,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # what fake tensors raise for an operation is documented nowhere
+        said = " ".join(str(error).split())[:120]
+        raise UserError.single(
+            "forecast",
+            f"these settings cannot be followed without weights ({type(error).__name__}: {said}). "
+            "recipe/train.py --check tries them with weights.",
+        ) from error
 
 
 def surroundings(device: str, *, moving: int, written_a_layer: int) -> tuple[int, int]:

@@ -71,6 +71,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._follow(tensor.untyped_storage())
         return out
 
+    @property
+    def now(self) -> int:
+        """Bytes that live."""
+        return self.by_kind.total()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that lived at once in any phase."""
+        return max((sum(kinds.values()) for kinds in self.peaks.values()), default=0)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What is made meanwhile is of this phase, and its peak is kept."""
@@ -96,6 +106,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._follow(tensor.untyped_storage())
             self._move(tensor.untyped_storage()._cdata, kind)
 
+    def set_apart(self, tensor: torch.Tensor) -> None:
+        """Count the memory behind ``tensor`` no longer."""
+        self._freed(tensor.untyped_storage()._cdata)
+
     def _move(self, key: int, kind: str) -> None:
         block = self._blocks.get(key)
         if block is not None and block.kind != kind:
@@ -120,14 +134,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return LOGITS if self._phase == "loss" else TEMPORARY
 
     def _note_peak(self) -> None:
-        total = self.by_kind.total()
+        total = self.now
         if self._phase and total > self._highest:
             self._highest = total
             self.peaks[self._phase] = {kind: n for kind, n in self.by_kind.items() if n}
 
     def _freed(self, key: int) -> None:
-        block = self._blocks.pop(key)
-        self.by_kind[block.kind] -= block.nbytes
+        block = self._blocks.pop(key, None)
+        if block is not None:  # else it was set apart
+            self.by_kind[block.kind] -= block.nbytes
 
 
 def _attention_flops(name: str, args: Sequence[Any]) -> int:

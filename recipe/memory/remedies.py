@@ -1,14 +1,13 @@
 """What would make a run fit, each with what it costs in time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from recipe.data.tokens import TokenizedRow
 from recipe.memory.forecast import Forecast, Plan, forecast
 from recipe.memory.stand_in import checkpoints_activations
-from recipe.settings import ModelSettings, Settings
+from recipe.settings import ModelSettings, Settings, UserError
 
 # What a byte of results costs beside an operation of a matrix product, at the rates of a GPU and
 # of a CPU: about 2 TB/s to 150 TFLOP/s, and 5 GB/s to 100 GFLOP/s.
@@ -82,22 +81,23 @@ def _key(override: str) -> str:
 @dataclass(frozen=True)
 class _Change:
     overrides: Sequence[str]
-    plan: Plan
+    settings: Settings
     same: bool
 
 
 def _all_tried(plan: Plan, before: float) -> list[Remedy]:
     found = []
     for change in _candidates(plan):
-        with suppress(Exception):  # what cannot be followed, such as DoRA in 4 bit, is no remedy
-            found.append(_tried(change, before))
+        # What leaves no row, or cannot be followed, such as DoRA in 4 bit, is no remedy.
+        with suppress(UserError):
+            found.append(_tried(plan, change, before))
     return found
 
 
-def _tried(change: _Change, before: float) -> Remedy:
-    ahead = forecast(change.plan)
-    time = _cost(change.plan, ahead) / before
-    return Remedy(change.overrides, change.plan, ahead, time, change.same)
+def _tried(plan: Plan, change: _Change, before: float) -> Remedy:
+    changed = plan.with_settings(change.settings)
+    ahead = forecast(changed)
+    return Remedy(change.overrides, changed, ahead, _cost(changed, ahead) / before, change.same)
 
 
 def _cost(plan: Plan, found: Forecast) -> float:
@@ -108,75 +108,67 @@ def _cost(plan: Plan, found: Forecast) -> float:
 
 
 def _candidates(plan: Plan) -> Iterator[_Change]:
-    settings = plan.settings
-    training, model = settings.training, settings.model
+    settings, training = plan.settings, plan.settings.training
     if not checkpoints_activations(settings):
-        yield _training(plan, same=True, gradient_checkpointing=True)
+        yield _training(settings, same=True, gradient_checkpointing=True)
     batch = int(training.get("per_device_train_batch_size", 8))
     if batch > 1 and len(plan.rows) > 1:
         accumulation = int(training.get("gradient_accumulation_steps", 1))
-        size = next(part for part in range(batch // 2, 0, -1) if batch % part == 0)
-        smaller = _training(
-            plan,
+        most = min(batch, len(plan.rows)) // 2
+        size = next(part for part in range(most, 0, -1) if batch % part == 0)
+        yield _training(
+            settings,
             same=True,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation * (batch // size),
         )
-        rows = sorted(plan.rows, key=len, reverse=True)[:size]
-        yield replace(smaller, plan=replace(smaller.plan, rows=rows))
     evaluated = int(training.get("per_device_eval_batch_size", 8))
     if evaluated > 1 and len(plan.evaluated) > 1:
-        fewer = _training(plan, same=True, per_device_eval_batch_size=evaluated // 2)
-        rows = sorted(plan.evaluated, key=len, reverse=True)[: evaluated // 2]
-        yield replace(fewer, plan=replace(fewer.plan, evaluated=rows))
+        fewer = min(evaluated, len(plan.evaluated)) // 2
+        yield _training(settings, same=True, per_device_eval_batch_size=fewer)
     if "8bit" not in str(training.get("optim", "")) and not training.get("optim_args"):
-        yield _training(plan, same=False, optim="adamw_bnb_8bit")
-    if plan.device == "cuda" and model.quantization is None:
-        if model.dtype == "float32":
-            yield _model(plan, dtype="bfloat16")
-        if not _starts_from_weights(settings):
-            yield _model(plan, quantization={"load_in_8bit": True})
-            four = {
-                "load_in_4bit": True,
-                "bnb_4bit_quant_type": "nf4",
-                "bnb_4bit_use_double_quant": True,
-            }
-            half = "float16" if training.get("fp16") or model.dtype == "float16" else "bfloat16"
-            yield _model(plan, quantization={**four, "bnb_4bit_compute_dtype": half})
-    longest = max(map(len, plan.rows), default=0)
-    if longest // 2 >= _SHORTEST:
-        yield _shorter(plan, longest // 2)
+        yield _training(settings, same=False, optim="adamw_bnb_8bit")
+    if plan.device == "cuda" and settings.model.quantization is None:
+        yield from _other_weights(settings)
+    shorter = max(map(len, plan.rows), default=0) // 2
+    if shorter >= _SHORTEST:
+        values = {"max_length": shorter, "too_long": "drop"}
+        data = settings.data.model_copy(update=values)
+        yield _change(settings, "data", data, values, same=False)
 
 
-def _training(plan: Plan, *, same: bool, **values: Any) -> _Change:
-    merged = {**plan.settings.training, **values}
-    settings = plan.settings.model_copy(update={"training": merged})
-    return _Change(_written("training", values), replace(plan, settings=settings), same)
+def _other_weights(settings: Settings) -> Iterator[_Change]:
+    if settings.model.dtype == "float32":
+        yield _model(settings, dtype="bfloat16")
+    if _starts_from_weights(settings):
+        return
+    yield _model(settings, quantization={"load_in_8bit": True})
+    half = settings.training.get("fp16") or settings.model.dtype == "float16"
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    compute = {"bnb_4bit_compute_dtype": "float16" if half else "bfloat16"}
+    yield _model(settings, quantization={**four, **compute})
 
 
-def _model(plan: Plan, **values: Any) -> _Change:
-    given = plan.settings.model.model_dump(exclude_none=True)
-    model = ModelSettings(**{**given, **values})
-    settings: Settings = plan.settings.model_copy(update={"model": model})
-    return _Change(_written("model", values), replace(plan, settings=settings), same=False)
+def _training(settings: Settings, *, same: bool, **values: Any) -> _Change:
+    return _change(settings, "training", {**settings.training, **values}, values, same=same)
+
+
+def _model(settings: Settings, **values: Any) -> _Change:
+    given = settings.model.model_dump(exclude_none=True)
+    return _change(settings, "model", ModelSettings(**{**given, **values}), values, same=False)
+
+
+def _change(
+    settings: Settings, section: str, whole: Any, values: Mapping[str, Any], *, same: bool
+) -> _Change:
+    changed = settings.model_copy(update={section: whole})
+    return _Change([f"{section}.{k}={_yaml(v)}" for k, v in values.items()], changed, same)
 
 
 def _starts_from_weights(settings: Settings) -> bool:
     """Whether peft computes the adapter's start from weights, which must then be whole."""
     start = settings.lora.get("init_lora_weights")
     return isinstance(start, str) and start not in ("gaussian", "orthogonal")
-
-
-def _shorter(plan: Plan, length: int) -> _Change:
-    def cut(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:
-        return [TokenizedRow(r.index, r.input_ids[-length:], r.trained[-length:]) for r in rows]
-
-    shorter = replace(plan, rows=cut(plan.rows), evaluated=cut(plan.evaluated))
-    return _Change([f"data.max_length={length}", "data.too_long=drop"], shorter, same=False)
-
-
-def _written(section: str, values: dict[str, Any]) -> list[str]:
-    return [f"{section}.{key}={_yaml(value)}" for key, value in values.items()]
 
 
 def _yaml(value: Any) -> str:

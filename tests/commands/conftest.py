@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recipe import plan, planning
+from recipe import plan, planning, workload
 from recipe.exit_codes import run_command
 from recipe.memory.rate import Rate
 from tests.refusal import listing, whole_lines
@@ -26,7 +26,7 @@ def machine(monkeypatch, memory_of_machine):
     """A CPU of one GFLOP/s and one GB/s, which is not measured each time, 8 GiB and no card; and a
     process that does not grow from one plan to the next.
     """
-    monkeypatch.setattr(planning, "resident", lambda: 256 << 20)
+    monkeypatch.setattr(workload, "resident", lambda: 256 << 20)
     monkeypatch.setattr(planning, "cpu_rate", lambda **_: Rate(flops=1e9, written=1e9))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     memory_of_machine(8 << 30)

@@ -112,6 +112,36 @@ def test_what_makes_it_fit_is_named_and_does(planned, anywhere):
     assert again["fits"]
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        # Two halves of a batch that are longer together than the longest batch's are.
+        ([90, 60, 60, 60, 85, 85, 1, 1], "training.per_device_train_batch_size"),
+        # Without the longest row, another batch has the most tokens.
+        ([190, 50, 1, 1, 60, 60, 55, 55], "data.max_length"),
+    ],
+)
+def test_a_remedy_is_true_of_all_rows(
+    planned, write_config, write_rows, memory_of_machine, words, key
+):
+    places = [f"Say {place}." for place in range(len(words))]
+    rows = [
+        {"instruction": place, "input": "", "output": "a" * count}
+        for place, count in zip(places, words, strict=True)
+    ]
+    data = {"path": str(write_rows(rows, name="uneven.json")), "template": "chat"}
+    config = write_config(data=data, training={"train_sampling_strategy": "sequential"})
+    asked = ["--config", str(config), *LITTLE, "model.attn_implementation=sdpa"]
+    _, whole = planned(*asked)
+    memory_of_machine(whole["peak"] - 1)
+    _, found = planned(*asked)
+    ways = [way for way in found["remedies"] if way["overrides"][0].startswith(key)]
+    assert ways
+    for way in ways:
+        _, again = planned(*asked, *way["overrides"])
+        assert again["peak"] == way["peak"]
+
+
 def test_nothing_is_named_where_nothing_helps(planned, on_cpu, memory_of_machine):
     memory_of_machine(64 << 20)
     single = ["training.per_device_train_batch_size=1", "data.template=chat"]

@@ -39,7 +39,7 @@ MISTAKES = {
     ),
     "not to be followed": (
         ["lora.use_dora=true", "model.quantization={load_in_4bit: true}"],
-        "plan: these settings cannot be followed without weights .* recipe/train.py --check",
+        "forecast: these settings cannot be followed without weights .* recipe/train.py --check",
     ),
     "a study's": (["study.logits=whole"], "study.logits: "),
 }

@@ -12,6 +12,7 @@ from recipe import planning
 from recipe.memory.cards import CARDS
 from recipe.memory.forecast import forecast
 from recipe.settings import load_settings
+from recipe.workload import Workload, workload
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -19,11 +20,11 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def long_run(anywhere):
     """Of 10^13 tokens, so that hours are told."""
-    asked = planning.workload(load_settings(anywhere), device="cuda")
+    asked = workload(load_settings(anywhere), device="cuda")
     return replace(asked, computed_tokens=10**13)
 
 
-def hours_of(asked: planning.Workload, *, processes: int = 1) -> dict[str, float]:
+def hours_of(asked: Workload, *, processes: int = 1) -> dict[str, float]:
     lines, _ = planning.report(asked, room=None, name="", processes=processes, strategy="ddp")
     line = next(one for one in lines if one.startswith("fits      RTX"))
     return {

@@ -96,7 +96,7 @@ def test_those_that_train_the_same_go_first_and_then_the_quickest(planned):
     plan = planned()
     ways = remedies(plan, remembered(plan), room=ANY)
     assert {" ".join(way.overrides) for way in ways if way.same} == {
-        " ".join(HALVED), "training.per_device_eval_batch_size=4", CHECKPOINTED
+        " ".join(HALVED), "training.per_device_eval_batch_size=2", CHECKPOINTED
     }  # fmt: skip
     keys = [(not way.same, round(way.time, 2), way.forecast.peak) for way in ways]
     assert keys == sorted(keys)
@@ -104,7 +104,7 @@ def test_those_that_train_the_same_go_first_and_then_the_quickest(planned):
     # A forward pass more to the two of a backward pass, and what it writes.
     assert 1.2 < by_name[CHECKPOINTED].time < 1.6
     assert by_name[" ".join(NF4)].time > 1 > by_name["model.dtype=bfloat16"].time
-    assert by_name["training.per_device_eval_batch_size=4"].time == 1
+    assert by_name["training.per_device_eval_batch_size=2"].time == 1
     assert by_name[" ".join(EIGHT_BIT_ADAM)].time == 1
 
 
@@ -174,7 +174,7 @@ def test_smaller_ones_are_those_that_take_a_twentieth_less(planned):
 
 
 def test_everything_is_thought_of(offered):
-    expected = [[CHECKPOINTED], HALVED, ["training.per_device_eval_batch_size=4"], EIGHT_BIT_ADAM]
+    expected = [[CHECKPOINTED], HALVED, ["training.per_device_eval_batch_size=2"], EIGHT_BIT_ADAM]
     on_cuda = [["model.dtype=bfloat16"], INT8, NF4]
     found = overrides_of(offered(device="cpu"))
     assert sorted(found) == sorted([*expected, SHORTER])

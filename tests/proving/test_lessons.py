@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
+from recipe.memory.live_bytes import LiveBytes
 from recipe.proving.lessons import (
     LESSONS,
     Asked,
@@ -25,7 +26,6 @@ from recipe.proving.lessons import (
     low_precision,
     truncated_svd,
 )
-from recipe.proving.lessons.live_bytes import LiveBytes
 from recipe.proving.lessons.models import tiny_llama
 from recipe.proving.lessons.wording import growth_exponent, percent, power, size, three_digits
 from recipe.settings import UserError
@@ -281,8 +281,8 @@ def test_live_bytes_are_those_of_torchs_allocator(stack, name):
     """All that is allocated, gradients too; kernels take some bytes for themselves."""
     layers, x = stack
     form = checkpointing.FORMS[name][1]
-    live = LiveBytes()
-    with live:
+    live = LiveBytes([x, *(p for layer in layers for p in layer.parameters())])
+    with live, live.phase("step"):
         form(layers, x)()
     gradients = sum(p.grad.nbytes for layer in layers for p in layer.parameters())
     assert live.now == gradients

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from recipe.memory.live_bytes import LiveBytes
 from recipe.proving.finding import number
 from recipe.proving.lessons import drawing
 from recipe.proving.lessons.lesson import Asked, Taught
-from recipe.proving.lessons.live_bytes import LiveBytes
 from recipe.proving.lessons.models import seeded
 from recipe.proving.lessons.wording import growth_exponent, power, size, three_digits
 from recipe.proving.watchers import relative
@@ -173,12 +173,12 @@ def bytes_of(form: Form, layers: Sequence[Layer], x: torch.Tensor) -> tuple[int,
         parameters' gradients, and how many times a layer was called.
     """
     _forget_gradients(layers)
-    live = LiveBytes()
+    live = LiveBytes([x, *_parameters(layers)])
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda p: live.set_apart(p.grad))
         for parameter in _parameters(layers)
     ]
-    with live:
+    with live, live.phase("step"):
         # A copy, as the batch itself is one of the tensors that a step holds.
         backward = form(layers, x.clone())
         held = live.now
