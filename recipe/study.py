@@ -167,15 +167,24 @@ def _mark(config: str, overrides: Sequence[str]) -> dict[str, Any]:
         "recipe": recipe.__version__,
         "settings_sha256": hashlib.sha256(dump(settings).encode()).hexdigest(),
         "data_sha256": _sha256(Path(settings.data.path)),
+        "weights_sha256": [_sha256(file) for file in _weights(settings.model.name_or_path)],
         "versions": {name: version(name) for name in _MEASURED_BY},
         "device": device,
         "threads": torch.get_num_threads(),
     }
 
 
+def _weights(folder: str) -> list[Path]:
+    """None where the model is the hub's, which names its commit."""
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
 def _sha256(file: Path) -> str | None:
     """None for a dataset of the hub."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    if not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _kept(file: Path, mark: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -196,6 +197,21 @@ def test_only_what_is_missing_is_measured(studied):
     assert set(content["versions"]) >= {"torch", "transformers", "peft"}
     for name in ("study.md", "ladder.png", "memory_speed.png"):
         assert (studied.folder / name).stat().st_size > 100
+
+
+@pytest.mark.parametrize("what", ["rows", "weights"])
+def test_other_rows_or_weights_are_measured_anew(studied, tiny_checkpoint, tmp_path, what):
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    rows = tmp_path / "other.json"
+    rows.write_text((tmp_path / "rows.json").read_text())
+    asked = [f"model.name_or_path={model}", f"data.path={rows}"]
+    assert studied(*asked) == (0, ["full", "lora"])
+    file = rows if what == "rows" else model / "model.safetensors"
+    changed = bytearray(file.read_bytes())
+    changed[-5] ^= 1
+    file.write_bytes(changed)
+    assert studied(*asked) == (0, ["full", "lora"])
+    assert studied(*asked) == (0, [])
 
 
 def test_an_arm_that_is_added_leaves_the_others_as_they_are(studied):
