@@ -98,10 +98,7 @@ def finetune(
     pace = Pace(_speaker(main_process=os.environ.get("RANK", "0") == "0"))
     prepared = _prepare(settings, [*watchers, pace, *([memory] if memory else [])])
     arguments, trainer, log = prepared.arguments, prepared.trainer, prepared.log
-    changed: list[str] = []
-    if resumed:
-        run_before = resumed.folder.parent
-        changed = _check_same_run(settings, prepared, run_before, allow_changed=allow_changed)
+    changed = _check_same_run(settings, prepared, resumed, allow_changed=allow_changed)
     made = not planned_folder(settings).exists()
     folder = _run_folder(settings, resumed)
     arguments.output_dir, log.file = str(folder), folder / "metrics.jsonl"
@@ -113,8 +110,7 @@ def finetune(
     with alone(folder, needed=main_process), faults_told(folder):
         say("\n".join(introduction(run, folder)))
         if main_process and resumed is None:
-            write_settings(folder, settings)
-            write_manifest(folder, **manifest_facts(run))
+            _describe(run, folder)
         # PiSSA and OLoRA took their start out of the base; only with it is the base whole.
         base_says = _says(run) if prepared.initial else None
         before = _begin(settings, prepared, resumed, changed, say)
@@ -126,9 +122,7 @@ def finetune(
             after = _held_out_perplexity(trainer)
             if main_process:
                 told = forecasts_told(run, memory, pace, folder)
-                _note_unchanged(trainer, log)
-                _save(run, folder, base_says, prepared.initial)
-                _plot(run, folder)
+                _keep(prepared, run, folder, base_says)
     seconds = time.perf_counter() - started
     ended = conclusion(run, log, folder, before=before, after=after, seconds=seconds, memory=told)
     say("\n".join(ended))
@@ -149,8 +143,7 @@ def check(settings: Settings) -> None:
     silent = {**settings.training, "report_to": "none"}  # a reporter would make its folder
     prepared = _prepare(settings.model_copy(update={"training": silent}), ())
     arguments, trainer, data = prepared.arguments, prepared.trainer, prepared.data
-    if resumed:
-        _check_same_run(settings, prepared, resumed.folder.parent, allow_changed=False)
+    _check_same_run(settings, prepared, resumed, allow_changed=False)
     say = _speaker(main_process=arguments.process_index == 0)
     run = Run(settings, arguments, data, trainer.model, prepared.base_sha256)
     say("\n".join(introduction(run, None)))
@@ -210,10 +203,14 @@ def _run_folder(settings: Settings, resumed: Checkpoint | None) -> Path:
 
 
 def _check_same_run(
-    settings: Settings, prepared: _Prepared, run: Path, *, allow_changed: bool
+    settings: Settings, prepared: _Prepared, resumed: Checkpoint | None, *, allow_changed: bool
 ) -> list[str]:
+    """Of a run that goes on, what is allowed to differ and does, a line each."""
+    if resumed is None:
+        return []
+    before = resumed.folder.parent
     return check_same_run(
-        settings, run, _beginning(settings, prepared), allow_changed=allow_changed
+        settings, before, _beginning(settings, prepared), allow_changed=allow_changed
     )
 
 
@@ -250,15 +247,18 @@ def _begin(
     return before
 
 
-def _save(
-    run: Run,
-    folder: Path,
-    base_says: torch.Tensor | None,
-    initial: tempfile.TemporaryDirectory[str] | None,
-) -> None:
-    start = Path(initial.name) if initial else None
+def _describe(run: Run, folder: Path) -> None:
+    write_settings(folder, run.settings)
+    write_manifest(folder, **manifest_facts(run))
+
+
+def _keep(prepared: _Prepared, run: Run, folder: Path, base_says: torch.Tensor | None) -> None:
+    """Save the adapter with what proves it, and draw the losses."""
+    _note_unchanged(prepared.trainer, prepared.log)
+    start = Path(prepared.initial.name) if prepared.initial else None
     proof = receipt(run, folder, _probes(run, base_says))
     save_adapter(run.model, folder / "adapter", proof, initial=start)
+    _plot(run, folder)
 
 
 def _plot(run: Run, folder: Path) -> None:

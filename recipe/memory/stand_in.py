@@ -45,7 +45,9 @@ def stand_in(
     attention.register()
     config._attn_implementation = settings.model.attn_implementation
     with torch.device("meta"):
-        base = LlamaForCausalLM(config).to(base_dtype(config, settings))
+        base = LlamaForCausalLM(config)
+        for parameter in base.parameters():  # rotary frequencies stay in float32
+            parameter.data = parameter.data.to(base_dtype(config, settings))
         if settings.model.quantization:
             _quantize(base, plain(settings.model.quantization))
         mixed = bool(settings.training.get("fp16") or settings.training.get("bf16"))

@@ -18,23 +18,29 @@ _COLOURS = {
     "activations": "#1b7fa8",
     _REST: "#d9d9d9",
 }
-# A line on each technique, by the last part of an arm's name.
+# What an arm does that the one it is held against does not, by how its override begins.
+_EVERYTHING = "study.train=everything"
+_ADAPTER = (
+    "gradients and optimizer state are of the adapter alone; the frozen weights need none, but "
+    "activations stay, as gradients flow through all layers"
+)
 _REASONS = {
-    "lora": "gradients and optimizer state are of the adapter alone; the frozen weights need none, "
-    "but activations stay, as gradients flow through all layers",
-    "accumulation": "a smaller micro-batch keeps fewer activations; the sum of gradients, and with "
-    "it what is learned, is the same; gradients live longer",
-    "checkpointing": "activations within a layer are computed again instead of kept; gradients are "
-    "as large as before, though the reports say that it saves these",
-    "feed-forward checkpointing": "the same for the feed-forward part alone, as the reports did "
+    "training.gradient_accumulation_steps=": "a smaller micro-batch keeps fewer activations; the "
+    "sum of gradients, and with it what is learned, is the same; gradients live longer",
+    "training.gradient_checkpointing=true": "activations within a layer are computed again instead "
+    "of kept; gradients are as large as before, though the reports say that it saves these",
+    "study.checkpoint=feed_forward": "the same for the feed-forward part alone, as the reports did "
     "it: attention's activations stay",
-    "8-bit optimizer": "Adam's two moments take a byte a parameter each, with a scale a block",
-    "bfloat16": "weights, gradients and activations take half; without master weights small "
-    "updates are lost; a CPU without such units is slow",
-    "chunked loss": "the logits of all positions, and their gradient, never exist at once",
-    "shared openings": "what rows begin with alike is computed and kept once",
-    "8-bit base": "a byte a weight; the layers' inputs are kept once more in 16 bit",
-    "4-bit base": "half a byte a weight and its scales; weights are made whole for each product",
+    "training.optim=adamw_bnb_8bit": "Adam's two moments take a byte a parameter each, with a "
+    "scale a block",
+    "model.dtype=bfloat16": "weights, gradients and activations take half; without master weights "
+    "small updates are lost; a CPU without such units is slow",
+    "study.logits=chunked": "the logits of all positions, and their gradient, never exist at once",
+    "data.share_openings=true": "what rows begin with alike is computed and kept once",
+    "model.quantization={load_in_8bit": "a byte a weight; the layers' inputs are kept once more "
+    "in 16 bit",
+    "model.quantization={load_in_4bit": "half a byte a weight and its scales; weights are made "
+    "whole for each product",
 }
 
 
@@ -66,7 +72,7 @@ def table(arms: Arms) -> list[str]:
 
 def _ratios(arms: Arms) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
-        ("technique, alone", *KINDS, "peak", "time a token", "because"),
+        ("technique, alone", *KINDS, "peak", "time a token", "held-out loss", "because"),
     ]
     for name, arm in arms.items():
         base = arms.get(base_of(name) or "")
@@ -74,9 +80,23 @@ def _ratios(arms: Arms) -> list[tuple[str, ...]]:
             continue
         ratios = (_ratio(arm["bytes"][kind], base["bytes"][kind]) for kind in (*KINDS, "allocated"))
         time = _token_seconds(arm) / _token_seconds(base)
-        reason = _REASONS.get(name.rpartition(", ")[2], "")
-        rows.append((name, *ratios, f"×{time:.2f}", reason))
+        rows.append((name, *ratios, f"×{time:.2f}", _learned(arm, base), _reason(arm, base)))
     return rows
+
+
+def _learned(arm: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """Held-out loss beside the base's, after as many tokens."""
+    if arm["tokens"] != base["tokens"]:
+        return "other tokens"
+    return f"{arm['held_out_loss']['after'] - base['held_out_loss']['after']:+.3f}"
+
+
+def _reason(arm: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    given, before = arm["overrides"], base["overrides"]
+    found = [_ADAPTER] if _EVERYTHING in before and _EVERYTHING not in given else []
+    new = [one for one in given if one not in before]
+    found += [why for start, why in _REASONS.items() if any(one.startswith(start) for one in new)]
+    return "; ".join(found)
 
 
 def _ratio(bytes_of_arm: int, bytes_of_base: int) -> str:

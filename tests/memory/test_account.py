@@ -67,9 +67,8 @@ def test_forecast_and_measured_are_the_same(trained, overrides):
     assert (folder / "adapter/adapter_model.safetensors").is_file()
     items = manifest["memory"]["items"]
     assert set(items) == ITEMS
-    # A bfloat16 base keeps the rotary frequencies in float32, and the forecast does not: 32 bytes.
     difference = {name: one["forecast"] - one["measured"] for name, one in items.items()}
-    assert all(abs(difference[name]) <= 64 for name in EXACT), difference
+    assert all(difference[name] == 0 for name in EXACT), difference
     assert abs(difference["saved activations"]) <= SMALL, difference
 
 

@@ -121,21 +121,30 @@ def test_only_a_study_may_train_so(write_config):
             check_machine(settings)
 
 
-def made(name: str, *, megabytes: int, seconds: float) -> dict:
+def made(
+    name: str, *, megabytes: int, seconds: float, overrides: tuple[str, ...] = (), loss: float = 1.5
+) -> dict:
     sizes = dict.fromkeys(("weights", "gradients", "optimizer", "activations"), megabytes * 2**20)
     return {
         "name": name,
+        "overrides": list(overrides),
         "bytes": {**sizes, "allocated": 5 * megabytes * 2**20},
         "tokens": 100,
         "seconds": seconds,
-        "held_out_loss": {"before": 2.0, "after": 1.5},
+        "held_out_loss": {"before": 2.0, "after": loss},
     }
 
 
 ARMS = {
-    "full": made("full", megabytes=8, seconds=1.0),
+    "full": made("full", megabytes=8, seconds=1.0, overrides=("study.train=everything",)),
     "lora": made("lora", megabytes=4, seconds=0.5),
-    "lora, checkpointing": made("lora, checkpointing", megabytes=2, seconds=0.75),
+    "lora, less": made(
+        "lora, less",
+        megabytes=2,
+        seconds=0.75,
+        overrides=("training.gradient_checkpointing=true",),
+        loss=1.625,
+    ),
     "ladder 3": made("ladder 3", megabytes=1, seconds=0.25),
 }
 
@@ -145,11 +154,16 @@ def test_a_technique_is_held_against_the_arm_that_lacks_it():
     lines = table(ARMS)
     row = "| lora | 4.0 | 4.0 | 4.0 | 4.0 | 20.0 | 5.00 | 100 | 2.000 → 1.500 |"
     assert row in lines
-    ratios = [line for line in lines if line.startswith("| lora, checkpointing | ×")]
-    assert ratios[0].startswith(
-        "| lora, checkpointing | ×0.50 | ×0.50 | ×0.50 | ×0.50 | ×0.50 | ×1.50 | activations"
+    (ratios,) = [line for line in lines if line.startswith("| lora, less | ×")]
+    assert ratios.startswith(
+        "| lora, less | ×0.50 | ×0.50 | ×0.50 | ×0.50 | ×0.50 | ×1.50 | +0.125 | activations within"
     )
+    (ratios,) = [line for line in lines if line.startswith("| lora | ×")]
+    assert "| ×0.50 | +0.000 | gradients and optimizer state are of the adapter alone" in ratios
     assert not any(line.startswith("| ladder 3 | ×") for line in lines)
+    shorter = {**ARMS, "lora": {**ARMS["lora"], "tokens": 50}}
+    (ratios,) = [line for line in table(shorter) if line.startswith("| lora | ×")]
+    assert "| ×1.00 | other tokens | gradients and" in ratios
 
 
 def test_bars_are_as_long_as_the_peaks():
@@ -162,6 +176,24 @@ def test_bars_are_as_long_as_the_peaks():
     assert found == [(10.0, 40.0), (5.0, 20.0), (7.5, 10.0), (2.5, 5.0)]
 
 
+def test_every_arm_of_the_config_says_why():
+    arms = load_settings("study.yaml").study.arms
+    held_against = [(name, base_of(name)) for name in arms if base_of(name)]
+    assert len(held_against) > 8
+    found = {
+        name: made(name, megabytes=1, seconds=1.0, overrides=tuple(given))
+        for name, given in arms.items()
+    }
+    reasons = {}
+    for line in table(found):
+        if "| ×" in line:
+            name, *_, why, _ = [part.strip() for part in line.split("|")[1:]]
+            reasons[name] = why
+    assert list(reasons) == [name for name, _ in held_against]
+    assert all(reasons.values())
+    assert not any("; activations within" in why for why in reasons.values())
+
+
 @pytest.fixture
 def studied(write_config, tmp_path, monkeypatch):
     """study.py on two arms, each measured by a stand-in that says which it was."""
@@ -169,7 +201,9 @@ def studied(write_config, tmp_path, monkeypatch):
 
     def measure(name, config, overrides):
         measured.append(name)
-        return made(name, megabytes=1 + len(measured), seconds=1.0)
+        found = made(name, megabytes=1 + len(measured), seconds=1.0)
+        del found["overrides"]  # study.py's own to add
+        return found
 
     monkeypatch.setattr(study, "_measured", measure)
     arms = {"full": ["study.train=everything"], "lora": ["lora.r=2"]}
