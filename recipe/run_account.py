@@ -16,6 +16,7 @@ from recipe.memory.probe import in_words, peak_memory
 from recipe.model.checkpoint import generation_config_notes
 from recipe.model.fingerprint import computing_config
 from recipe.model.lora import dtype_plan, total_parameters, trainable_parameters
+from recipe.model.quantization import bytes_by_kind
 from recipe.run_data import Data, left_out, share_openings, summary
 from recipe.settings import Settings, plain
 from recipe.sharing.probes import Probe
@@ -54,6 +55,7 @@ def introduction(run: Run, folder: Path | None) -> list[str]:
         f"run       {settings.name} → {folder or 'no folder (--check)'} · {device_name(arguments)}",
         *([f"          {threads}"] if threads else []),
         f"base      {settings.model.name_or_path} · {total:,} parameters in {run.dtypes['base']}",
+        *_quantized(run),
         *(f"          {note}" for note in generation_config_notes(settings.model)),
         f"adapter   LoRA r={lora.r} alpha={lora.lora_alpha} dropout={lora.lora_dropout} · "
         f"{trainable:,} trainable of {total + trainable:,} in {run.dtypes['adapter']} · "
@@ -64,6 +66,15 @@ def introduction(run: Run, folder: Path | None) -> list[str]:
         f"× {processes} process{'es' if processes > 1 else ''}",
         *_repeated_rows(run),
     ]
+
+
+def _quantized(run: Run) -> list[str]:
+    """What a base in 4 or 8 bit takes, and what of it stays whole."""
+    if run.settings.model.quantization is None:
+        return []
+    counted = bytes_by_kind(run.model)
+    listed = ", ".join(f"{n / 2**20:,.1f} {kind}" for kind, n in counted.items())
+    return [f"          MiB of it: {sum(counted.values()) / 2**20:,.1f} = {listed}"]
 
 
 def conclusion(
@@ -110,6 +121,7 @@ def manifest_facts(run: Run) -> dict[str, Any]:
         "base": run.settings.model.name_or_path,
         "base_sha256": run.base_sha256,
         "dtypes": run.dtypes,
+        "base_bytes": dict(bytes_by_kind(run.model)),
         "parameters": {
             "base": total_parameters(run.model),
             "trainable": trainable_parameters(run.model),

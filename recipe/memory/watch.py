@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from recipe.data.tokens import TokenizedRow
 from recipe.memory.account import Measured, live_bytes
 from recipe.memory.probe import peak_memory, resident
+from recipe.model.quantization import scales
 
 
 class MemoryWatch(TrainerCallback):
@@ -82,7 +83,7 @@ class MemoryWatch(TrainerCallback):
         if not self.rows or not self._gradients:
             return None
         frozen = [p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
-        frozen += _scales(model)
+        frozen += scales(model)
         peak = peak_memory(next(model.parameters()).device.type)
         return Measured(
             weights=live_bytes(frozen),
@@ -93,17 +94,3 @@ class MemoryWatch(TrainerCallback):
             peak=peak.get("allocated", peak.get("resident", 0)),
             reserved=peak.get("reserved"),
         )
-
-
-def _scales(model: PeftModel) -> list[torch.Tensor]:
-    """Of weights in 4 or 8 bit, which bitsandbytes keeps beside them."""
-    found: list[torch.Tensor | None] = []
-    for module in model.modules():
-        found.append(getattr(getattr(module, "state", None), "SCB", None))
-        found.append(getattr(getattr(module, "weight", None), "SCB", None))
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        found += [
-            getattr(state, "absmax", None),
-            getattr(getattr(state, "state2", 0), "absmax", None),
-        ]
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recipe.model.dropout import quicken
+from recipe.model.quantization import kind_of
 from recipe.settings import UserError, plain
 
 # These write part of the base's weights into the adapter at its start and change the base.
@@ -188,9 +189,13 @@ def dtype_plan(model: PeftModel, *, fp16: bool, bf16: bool) -> dict[str, str]:
     """Which dtype holds the base, the adapter and the computation, for the screen and manifest."""
 
     def dtypes(trainable: bool) -> str:
-        found = {p.dtype for p in model.parameters() if p.requires_grad == trainable}
-        return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        found = {kind_of(p) for p in model.parameters() if p.requires_grad == trainable}
+        return ", ".join(sorted(found))
 
     base = dtypes(trainable=False)
     compute = "float16 autocast" if fp16 else "bfloat16 autocast" if bf16 else f"as stored ({base})"
+    asked = getattr(model.get_base_model().config, "quantization_config", None)
+    if asked is not None and asked.load_in_4bit:
+        in_layers = str(asked.bnb_4bit_compute_dtype).removeprefix("torch.")
+        compute = f"{in_layers} in the 4-bit layers, else {compute}"
     return {"base": base, "adapter": dtypes(trainable=True), "compute": compute}

@@ -105,6 +105,10 @@ def _range(rows: Sequence[TokenizedRow]) -> str:
     return f"{rows[0].index}:{rows[-1].index + 1}"
 
 
+# Where the name without paging is not just what follows.
+_NOT_PAGED = {"paged_adamw_8bit": "adamw_bnb_8bit", "paged_adamw_32bit": "adamw_torch"}
+
+
 def _on_cpu(settings: Settings) -> bool:
     return bool(settings.training.get("use_cpu")) or not torch.accelerator.is_available()
 
@@ -124,6 +128,14 @@ def _on_this_machine(settings: Settings, notes: list[str]) -> Settings:
         training[mixed] = False
         model = model.model_copy(update={"dtype": "float32"})
         notes.append(f"training.{mixed} needs a GPU and there is none: all is proven in float32")
+        if "bnb_4bit_compute_dtype" in (model.quantization or {}):
+            held = {**plain(model.quantization), "bnb_4bit_compute_dtype": "float32"}
+            model = model.model_copy(update={"quantization": held})
+    optim = str(training.get("optim") or "")
+    if optim.startswith("paged_") and _on_cpu(settings):
+        # The same updates: paging is where the state lies.
+        training["optim"] = _NOT_PAGED.get(optim, optim.removeprefix("paged_"))
+        notes.append(f"{optim} needs a GPU to page to: proven with {training['optim']}")
     update = {"model": model, "training": training, "hub": HubSettings()}
     return settings.model_copy(update=update)
 

@@ -21,6 +21,9 @@ def check_machine(settings: Settings) -> None:
     checks: list[Callable[[Settings], Problem | None]] = [
         _fp16_needs_an_accelerator,
         _bf16_on_cpu_is_said,
+        _4bit_compute_fits_the_device,
+        _paging_needs_a_gpu,
+        _dora_on_8bit_needs_a_gpu,
         _launcher_keeps_precision_out,
         _launcher_shards_nothing,
         _processes_are_what_was_started,
@@ -91,6 +94,50 @@ def _bf16_on_cpu_is_said(settings: Settings) -> Problem | None:
         "training.bf16",
         "no accelerator here, and bf16 on the CPU must be meant: it is many times slower than "
         "fp32. Add training.use_cpu=true, or override with training.bf16=false.",
+    )
+
+
+def _4bit_compute_fits_the_device(settings: Settings) -> Problem | None:
+    where, key = "model.quantization.bnb_4bit_compute_dtype", "bnb_4bit_compute_dtype"
+    asked = (settings.model.quantization or {}).get(key)
+    if _on_cpu(settings):
+        if asked not in ("bfloat16", "float16") or settings.training.get("use_cpu"):
+            return None
+        return Problem(
+            where,
+            f"no accelerator here, and {asked} on the CPU must be meant: it is many times slower "
+            f"than float32 on most. Override with {where}=float32, or add training.use_cpu=true.",
+        )
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
+    if asked == "bfloat16" and emulated:
+        return Problem(
+            where, f"this GPU computes bfloat16 by emulation. Override with {where}=float16."
+        )
+    return None
+
+
+def _paging_needs_a_gpu(settings: Settings) -> Problem | None:
+    optim = str(settings.training.get("optim") or "")
+    if not (optim.startswith("paged_") and _on_cpu(settings)):
+        return None
+    plain = "adamw_bnb_8bit" if optim == "paged_adamw_8bit" else "one that is not paged"
+    return Problem(
+        "training.optim",
+        f"{optim} moves its state between GPU and CPU; without a GPU bitsandbytes would silently "
+        f"not page it. Use {plain}.",
+    )
+
+
+def _dora_on_8bit_needs_a_gpu(settings: Settings) -> Problem | None:
+    eight = (settings.model.quantization or {}).get("load_in_8bit")
+    if not (settings.lora.get("use_dora") and eight and _on_cpu(settings)):
+        return None
+    return Problem(
+        "lora.use_dora",
+        "on a base in 8 bit needs a GPU: bitsandbytes does not give its weights back on a CPU. "
+        "Leave it out, or use load_in_4bit.",
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from recipe.proving import gradients, processes, texts, trained
 from recipe.proving.claims import CLAIMS
 from recipe.proving.finding import HEADING, Finding, compared, not_applicable
-from recipe.settings import UserError
+from recipe.settings import UserError, load_settings
 
 NF4 = {
     "load_in_4bit": True,
@@ -87,6 +87,15 @@ def test_conversations_and_cut_rows(proof, tmp_path, tiny_checkpoint):
 def test_fp16_on_a_laptop_is_proven_in_float32(proof):
     claims = gradients.FLATTENED, trained.BASE, trained.RELOADED
     found = proof(*claims, model={"dtype": "float16"}, training={"fp16": True, "use_cpu": False})
+    assert [finding.passed for finding in found.values()] == [True] * 3
+
+
+def test_qlora_on_a_laptop_is_proven_without_16_bit_and_paging(proof):
+    claims = gradients.FLATTENED, trained.BASE, trained.RESUMED
+    quantization = load_settings("qlora_alpaca.yaml").model.quantization
+    training = {"bf16": True, "use_cpu": False, "optim": "paged_adamw_8bit"}
+    model = {"dtype": "bfloat16", "quantization": dict(quantization)}
+    found = proof(*claims, model=model, training=training)
     assert [finding.passed for finding in found.values()] == [True] * 3
 
 

@@ -15,6 +15,10 @@ from recipe.settings import RunFailed, UserError, load_settings
 from recipe.training import run_folder
 from recipe.training import trainer as trainer_module
 
+NF4 = (
+    "model.quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, "
+    "bnb_4bit_use_double_quant: true}"
+)
 WEIGHTS = "adapter/adapter_model.safetensors"
 TIMES = {"epoch_seconds", "trained_tokens_per_second", "peak_memory_bytes"}
 
@@ -70,6 +74,8 @@ def config(write_config):
         (4, ["training.logging_steps=3", "training.save_steps=2"]),
         (1, ["training.logging_strategy=epoch", "training.max_steps=5"]),
         (3, ["training.eval_strategy=steps", "training.eval_steps=2", "training.save_steps=2"]),
+        (2, [NF4, "training.optim=adamw_bnb_8bit", "training.gradient_checkpointing=true"]),
+        (2, ["model.quantization={load_in_8bit: true}", "training.optim=adamw_bnb_8bit"]),
     ],
 )
 def test_resumed_is_uninterrupted(write_config, config, tmp_path, step, overrides):
