@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from recipe.data.batch import largest_batch
@@ -9,6 +10,7 @@ from recipe.data.tokens import TokenizedRow
 from recipe.memory.account import account, lines
 from recipe.memory.forecast import Plan, forecast
 from recipe.memory.remedies import Remedy, smaller
+from recipe.memory.sharding import sharded
 from recipe.memory.watch import MemoryWatch
 from recipe.run_account import Run
 from recipe.run_data import share_openings
@@ -38,6 +40,8 @@ def _memory(run: Run, memory: MemoryWatch, folder: Path) -> list[str]:
         return []
     evaluated = largest_batch(run.data.held_out.rows, run.arguments.per_device_eval_batch_size)
     ahead = forecast(_plan(run, memory.rows, evaluated, imported=memory.imported))
+    shares = sharded(ahead, processes=run.arguments.world_size, strategy="ddp")
+    ahead = replace(ahead, items=shares.items)
     note_in_manifest(folder, memory=account(ahead, found))
     return lines(ahead, found)
 

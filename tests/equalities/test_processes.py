@@ -50,3 +50,8 @@ def test_two_processes_train_the_adapter_of_one(write_config, tmp_path):
         )
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # What synchronises gradients is forecast where there is something to synchronise.
+    memory = [json.loads((tmp_path / n / "manifest.json").read_text())["memory"] for n in launches]
+    at_peak = [found["forecast"]["at_peak"] for found in memory]
+    gradients = memory[1]["items"]["gradients"]["measured"]
+    assert [one.get("communication buckets") for one in at_peak] == [None, gradients]
