@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from transformers import LlamaConfig
 
 from recipe.data.tokens import TokenizedRow
-from recipe.memory.optimizer import DEFAULT, is_known, state_bytes
+from recipe.memory.live_bytes import GRADIENTS, TEMPORARY
+from recipe.memory.optimizer import DEFAULT, is_known, state_bytes, step_bytes
+from recipe.memory.stand_in import checkpoints_activations
 from recipe.memory.trace import Trace, traced
 from recipe.settings import Settings, UserError
 
@@ -24,8 +26,9 @@ PROCESS, ALLOCATOR, OPTIMIZER, ADAPTER = (
 )
 # On a CPU, of the resident set. Fixed is what libraries take once they compute. glibc cannot use
 # every hole again for another tensor of the size that left it: it holds a share of what is in use
-# at the peak, and a share of what a layer writes.
-_CPU_FIXED, _CPU_SHARE, _CPU_LAYER_SHARE = 137 << 20, 0.365, 0.362
+# at the peak, and a share of what a layer writes; with checkpointing, where each layer is computed
+# again among the holes of others, of what all layers write.
+_CPU_FIXED, _CPU_SHARE, _CPU_LAYER_SHARE, _CPU_AGAIN_SHARE = 119 << 20, 0.388, 0.346, 0.032
 # On CUDA neither is measured yet: the context and cuBLAS workspaces, and fragmentation.
 _CUDA_CONTEXT, _CUDA_SHARE = 600 << 20, 0.05
 
@@ -104,9 +107,11 @@ def forecast(plan: Plan) -> Forecast:
     trace = _followed(plan)
     training = plan.settings.training
     optim = str(training.get("optim") or DEFAULT)
-    phase = max(trace.peaks, key=lambda name: sum(trace.peaks[name].values()))
     adapter = sum(trace.trainable.values())
-    live = {kind: n for kind, n in trace.peaks[phase].items() if n > 0}
+    step = step_bytes(optim, trace.shapes, device=plan.device)
+    peaks = {**trace.peaks, "optimizer step": {GRADIENTS: adapter, TEMPORARY: step}}
+    phase = max(peaks, key=lambda name: sum(peaks[name].values()))
+    live = {kind: n for kind, n in peaks[phase].items() if n > 0}
     items = {
         **{f"base weights, {dtype}": n for dtype, n in trace.weights.items()},
         ADAPTER: adapter,
@@ -119,7 +124,9 @@ def forecast(plan: Plan) -> Forecast:
     process, allocator = surroundings(
         plan.device,
         moving=sum(live.values()),
-        written_a_layer=trace.written // plan.config.num_hidden_layers,
+        written=trace.written,
+        layers=plan.config.num_hidden_layers,
+        checkpointed=checkpoints_activations(plan.settings),
     )
     imported = plan.imported if plan.device == "cpu" else 0
     extra = {PROCESS: imported + process, ALLOCATOR: allocator}
@@ -150,13 +157,17 @@ def _followed(plan: Plan) -> Trace:
         ) from error
 
 
-def surroundings(device: str, *, moving: int, written_a_layer: int) -> tuple[int, int]:
+def surroundings(
+    device: str, *, moving: int, written: int, layers: int, checkpointed: bool
+) -> tuple[int, int]:
     """Bytes that the process takes beyond what it imported, and the allocator beyond those in use.
 
     Args:
         moving: what lives at the peak beside weights, adapter and optimizer state.
-        written_a_layer: results of all operations, forward and backward, by the layers.
+        written: results of all operations, forward and backward.
+        checkpointed: whether layers are computed again in the backward pass.
     """
     if device == "cuda":
         return _CUDA_CONTEXT, round(_CUDA_SHARE * moving)
-    return _CPU_FIXED, round(_CPU_SHARE * moving + _CPU_LAYER_SHARE * written_a_layer)
+    holes = _CPU_AGAIN_SHARE * written if checkpointed else _CPU_LAYER_SHARE * written / layers
+    return _CPU_FIXED, round(_CPU_SHARE * moving + holes)

@@ -24,6 +24,23 @@ _EIGHT_BIT = {
     "paged_lion_8bit": 1,
     "rmsprop_bnb_8bit": 1,
 }
+# Values, each as large as a parameter's, that torch's step holds at once for a tensor: on CUDA for
+# all of them, as it takes them together. Adafactor's are float32.
+_TORCH_STEP = {"adamw_torch": 2, "rmsprop": 1, "adagrad": 1}
+# Bytes a parameter that bitsandbytes' step holds on a CPU, where it has no kernel: measured with
+# torch's profiler, bitsandbytes 0.50.2. Parameters in 16 bit are made float32 beside.
+_BYTES_STEP = {
+    "ademamix": 16,
+    "paged_ademamix_32bit": 16,
+    "adamw_bnb_8bit": 20,
+    "adamw_8bit": 20,
+    "paged_adamw_8bit": 20,
+    "ademamix_8bit": 37,
+    "paged_ademamix_8bit": 37,
+    "lion_8bit": 20,
+    "paged_lion_8bit": 20,
+}
+_OTHER_BYTES_STEP = 12
 DEFAULT = "adamw_torch_fused"
 KNOWN = frozenset({*_TORCH, *_FLOAT32, *_EIGHT_BIT, "adafactor"})
 # bitsandbytes keeps smaller tensors in float32, and a scale for so many values of larger ones.
@@ -47,6 +64,32 @@ def state_bytes(
         args: ``training.optim_args``; SGD and RMSprop keep more with some.
     """
     return sum(count * _state(optim, shape, itemsize, args) for shape, count in shapes.items())
+
+
+def step_bytes(
+    optim: str, shapes: Mapping[int, Mapping[tuple[int, ...], int]], *, device: str
+) -> int:
+    """Bytes that the optimizer's step takes for itself, at its peak.
+
+    Args:
+        shapes: by the bytes of a parameter's value, how many tensors have each shape.
+        device: ``cpu`` or ``cuda``, where bitsandbytes and fused AdamW compute in place.
+    """
+    each = [
+        (size, math.prod(shape), count)
+        for size, counts in shapes.items()
+        for shape, count in counts.items()
+    ]
+    if optim == "adafactor":
+        return max((values * (8 if size == 4 else 16) for size, values, _ in each), default=0)
+    if optim in _TORCH_STEP:
+        taken = [_TORCH_STEP[optim] * size * values for size, values, _ in each]
+        together = sum(n * count for n, (*_, count) in zip(taken, each, strict=True))
+        return together if device == "cuda" else max(taken, default=0)
+    if device == "cuda" or optim not in {*_FLOAT32, *_EIGHT_BIT}:
+        return 0
+    a_value = _BYTES_STEP.get(optim, _OTHER_BYTES_STEP)
+    return max((values * (a_value + (4 if size < 4 else 0)) for size, values, _ in each), default=0)
 
 
 def _state(optim: str, shape: tuple[int, ...], itemsize: int, args: str | None) -> int:

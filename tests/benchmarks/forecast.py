@@ -191,7 +191,7 @@ def run(config: str, overrides: Sequence[str]) -> None:
 
     peak = allocated_peak(step)
     static = sum(memory["items"][name]["measured"] for name in STATIC)
-    fixed, _ = surroundings("cpu", moving=0, written_a_layer=0)
+    fixed, _ = surroundings("cpu", moving=0, written=0, layers=1, checkpointed=False)
     told = {"profiler": static + peak, "torch": torch.__version__, "fixed": fixed}
     print(json.dumps({**memory, **told}))
 
@@ -283,7 +283,11 @@ def with_constants_of_now(found: Mapping[str, Any]) -> dict[str, Any]:
     shape = SHAPES[found["name"].split()[0]]
     layers = shape["num_hidden_layers"] if shape else STARTER_LAYERS
     process, allocator = surroundings(
-        "cpu", moving=moving, written_a_layer=found["traced"]["written"] // layers
+        "cpu",
+        moving=moving,
+        written=found["traced"]["written"],
+        layers=layers,
+        checkpointed=CHECKPOINTED.partition(".")[2] in found["name"],
     )
     imported = at_peak[PROCESS] - found.get("fixed", 0)
     return {

@@ -11,7 +11,8 @@ from transformers.training_args import OptimizerNames
 from recipe.memory import forecast as forecast_module
 from recipe.memory import optimizer as optimizer_module
 from recipe.memory.forecast import OPTIMIZER, Forecast, Plan, forecast
-from recipe.memory.optimizer import DEFAULT, is_known, state_bytes
+from recipe.memory.optimizer import DEFAULT, is_known, state_bytes, step_bytes
+from recipe.memory.probe import allocated_peak
 from recipe.model.lora import add_lora
 from recipe.settings import load_settings
 from recipe.training.arguments import training_arguments
@@ -49,6 +50,34 @@ def test_a_state_takes_what_the_real_optimizer_keeps(optim, tmp_path):
     real = kept(arguments, [torch.nn.Parameter(torch.randn(one)) for one in SHAPES])
     assert [state_bytes(optim, {one: 1}) for one in SHAPES] == real
     assert state_bytes(optim, dict.fromkeys(SHAPES, 3)) == 3 * sum(real)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("optim", [one for one in KNOWN if not one.startswith("paged")])
+def test_a_step_takes_what_the_profiler_sees(optim, dtype, tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim=optim, use_cpu=True)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    shapes = (512, 768), (32, 32)
+    parameters = [torch.nn.Parameter(torch.randn(one).to(dtype)) for one in shapes]
+    made = kind(parameters, **options)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        peak = allocated_peak(made.step)
+    counted = {dtype.itemsize: dict.fromkeys(shapes, 1)}
+    assert step_bytes(optim, counted, device="cpu") == pytest.approx(peak, rel=0.02, abs=8192)
+
+
+def test_a_head_that_is_trained_takes_most_in_the_optimizers_step(write_config):
+    """8-bit Adam without a kernel makes both of its moments whole, and more."""
+    asked = ["lora.modules_to_save=[lm_head]", "training.optim=adamw_bnb_8bit"]
+    settings = load_settings(str(write_config()), asked)
+    of_a_large_head = shape(1, vocab_size=32_000, tie_word_embeddings=False)
+    found = forecast(Plan(settings, of_a_large_head, rows(20), (), "cpu", share_openings=False))
+    assert found.phase == "optimizer step"
+    values = max(math.prod(one) for one in found.trace.shapes[4])
+    assert found.items["temporaries"] == 20 * values
+    assert found.items["gradients"] == found.items["adapter"]
 
 
 def test_the_default_is_that_of_transformers(tmp_path):
