@@ -45,7 +45,11 @@ def account(foreseen: Forecast, found: Measured) -> dict[str, Any]:
             for name, (ahead, real) in _pairs(foreseen, found).items()
         },
         "measured": {"peak": found.peak, "reserved": found.reserved},
-        "traced": {"flops": foreseen.trace.flops, "written": foreseen.trace.written},
+        "traced": {
+            "flops": foreseen.trace.flops,
+            "written": foreseen.trace.written,
+            "moving": sum(foreseen.trace.peak.values()),
+        },
     }
 
 

@@ -123,7 +123,8 @@ def forecast(plan: Plan) -> Forecast:
     }
     process, allocator = surroundings(
         plan.device,
-        moving=sum(live.values()),
+        # An optimizer's step finds the holes of the micro-batch, and leaves none.
+        moving=sum(trace.peak.values()),
         written=trace.written,
         layers=plan.config.num_hidden_layers,
         checkpointed=checkpoints_activations(plan.settings),
@@ -163,7 +164,7 @@ def surroundings(
     """Bytes that the process takes beyond what it imported, and the allocator beyond those in use.
 
     Args:
-        moving: what lives at the peak beside weights, adapter and optimizer state.
+        moving: what lives at the micro-batch's peak beside weights, adapter and optimizer state.
         written: results of all operations, forward and backward.
         checkpointed: whether layers are computed again in the backward pass.
     """

@@ -270,21 +270,15 @@ def show(found: Sequence[Mapping[str, Any]]) -> None:
 
 def with_constants_of_now(found: Mapping[str, Any]) -> dict[str, Any]:
     """The same run, had it been forecast with what is fitted since."""
-    from recipe.memory.forecast import ALLOCATOR, PROCESS, surroundings
+    from recipe.memory.forecast import PROCESS, surroundings
 
     ahead = dict(found["forecast"])
     at_peak = dict(ahead["at_peak"])
-    still = (ADAPTER, OPTIMIZER, PROCESS, ALLOCATOR)
-    moving = sum(
-        n
-        for name, n in at_peak.items()
-        if name not in still and not name.startswith("base weights")
-    )
     shape = SHAPES[found["name"].split()[0]]
     layers = shape["num_hidden_layers"] if shape else STARTER_LAYERS
     process, allocator = surroundings(
         "cpu",
-        moving=moving,
+        moving=found["traced"]["moving"],
         written=found["traced"]["written"],
         layers=layers,
         checkpointed=CHECKPOINTED.partition(".")[2] in found["name"],

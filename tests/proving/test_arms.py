@@ -145,7 +145,7 @@ ARMS = {
         overrides=("training.gradient_checkpointing=true",),
         loss=1.625,
     ),
-    "ladder 3": made("ladder 3", megabytes=1, seconds=0.25),
+    "+ shared": made("+ shared", megabytes=1, seconds=0.25),
 }
 
 
@@ -160,7 +160,7 @@ def test_a_technique_is_held_against_the_arm_that_lacks_it():
     )
     (ratios,) = [line for line in lines if line.startswith("| lora | ×")]
     assert "| ×0.50 | +0.000 | gradients and optimizer state are of the adapter alone" in ratios
-    assert not any(line.startswith("| ladder 3 | ×") for line in lines)
+    assert not any(line.startswith("| + shared | ×") for line in lines)
     shorter = {**ARMS, "lora": {**ARMS["lora"], "tokens": 50}}
     (ratios,) = [line for line in table(shorter) if line.startswith("| lora | ×")]
     assert "| ×1.00 | other tokens | gradients and" in ratios
