@@ -18,6 +18,7 @@ STRATEGY ?=
 REPO ?=
 RUN ?=
 OUTPUT ?=
+SOURCE ?=
 N ?= 100
 
 # A prompt is data: `value` keeps make from expanding $ and the environment keeps the shell from
@@ -30,7 +31,7 @@ STARTER := models/smollm2-135m-instruct
 # Loading never asks a hub for what lies on this disk; nothing here sends usage statistics.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup train prove plan study compare demo infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
+.PHONY: help setup train prove plan study compare convert demo infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
         bench-starter bench-verdict bench-forecast bench-published bench-decoding bench-adapter bench-exactness \
         bench bench-gpu bench-compile bench-start clean
 
@@ -53,6 +54,9 @@ study: setup ## what each technique costs and buys, measured here: LESSON=checkp
 
 compare: setup ## did it learn, memorise or forget? base and tuned side by side, report.html: RUN=runs/x, ARGS
 	@$(PY) recipe/compare.py $(if $(RUN),--run "$(RUN)") $(ARGS)
+
+convert: setup ## Meta's original files or a GGUF file become a checkpoint: SOURCE=llama-2-7b OUTPUT=models/x, ARGS
+	@$(PY) recipe/convert.py "$(SOURCE)" "$(OUTPUT)" $(ARGS)
 
 demo: setup .venv/.demo ## type prompts into a page in the browser, base and tuned stream side by side: RUN=runs/x
 	@$(PY) recipe/compare.py --live $(if $(RUN),--run "$(RUN)") $(ARGS)

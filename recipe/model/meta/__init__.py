@@ -1,0 +1,1 @@
+"""Meta's own layout: ``consolidated.*.pth``, ``params.json``, ``tokenizer.model``."""
