@@ -32,7 +32,7 @@ STARTER := models/smollm2-135m-instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help setup train prove plan study compare convert demo infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
-        bench-starter bench-verdict bench-forecast bench-published bench-decoding bench-adapter bench-exactness \
+        bench-starter bench-verdict bench-forecast bench-published bench-convert bench-decoding bench-adapter bench-exactness \
         bench bench-gpu bench-compile bench-start clean
 
 help: ## print this list
@@ -133,6 +133,9 @@ bench-forecast: setup .venv/.dev ## forecast and measured peak memory of 24 runs
 
 bench-published: setup .venv/.dev ## what others measured of Llama-2-7B beside what plan forecasts, no GPU needed
 	@$(PY) -m tests.benchmarks.published
+
+bench-convert: setup .venv/.dev ## the starter written as Meta's files and converted: logits, answers, memory
+	@$(PY) -m tests.benchmarks.originals
 
 bench-decoding: setup .venv/.dev ## speed of decoding against transformers' generate
 	@$(PY) -m tests.benchmarks.decoding $(ARGS)
