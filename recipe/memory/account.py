@@ -58,7 +58,7 @@ def lines(foreseen: Forecast, found: Measured) -> list[str]:
     expected = foreseen.peak if found.reserved is None else foreseen.allocated
     difference = found.peak / expected - 1
     items = ", ".join(
-        f"{name} {_mib(real)}" + ("" if ahead == real else f" ({_mib(ahead)} forecast)")
+        f"{name} {_mib(real)}" + ("" if _mib(ahead) == _mib(real) else f" ({_mib(ahead)} forecast)")
         for name, (ahead, real) in _pairs(foreseen, found).items()
     )
     return [

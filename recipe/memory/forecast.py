@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from recipe.data.tokens import TokenizedRow
 from recipe.memory.live_bytes import GRADIENTS, TEMPORARY
-from recipe.memory.optimizer import DEFAULT, is_known, state_bytes, step_bytes
+from recipe.memory.optimizer import DEFAULT, is_known, kept_whole, state_bytes, step_bytes
 from recipe.memory.stand_in import checkpoints_activations
 from recipe.memory.trace import Trace, traced
 from recipe.settings import Settings, UserError
@@ -118,7 +118,8 @@ def forecast(plan: Plan) -> Forecast:
         OPTIMIZER: sum(
             state_bytes(optim, shapes, itemsize=size, args=training.get("optim_args"))
             for size, shapes in trace.shapes.items()
-        ),
+        )
+        + kept_whole(optim, trace.embeddings),
         **live,
     }
     process, allocator = surroundings(

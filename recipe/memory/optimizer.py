@@ -1,7 +1,7 @@
 """Bytes of an optimizer's state, by the name that ``training.optim`` gives it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 # States a parameter. torch keeps them in the parameter's dtype, bitsandbytes in float32 or a byte.
 _TORCH = {"adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0}
@@ -64,6 +64,18 @@ def state_bytes(
         args: ``training.optim_args``; SGD and RMSprop keep more with some.
     """
     return sum(count * _state(optim, shape, itemsize, args) for shape, count in shapes.items())
+
+
+def kept_whole(optim: str, embeddings: Sequence[tuple[int, ...]]) -> int:
+    """Bytes that an 8-bit optimizer's states of trained embeddings take beyond ``state_bytes``:
+    transformers keeps these in float32.
+    """
+    if optim not in _EIGHT_BIT:
+        return 0
+    return sum(
+        4 * _EIGHT_BIT[optim] * math.prod(shape) - _state(optim, shape, 4, None)
+        for shape in embeddings
+    )
 
 
 def step_bytes(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
@@ -35,7 +36,7 @@ class Trace:
     """All in bytes, but ``flops``.
 
     ``weights`` and ``trainable`` are by dtype; ``shapes`` counts trainable tensors,
-    by the bytes of a value;
+    by the bytes of a value, and ``embeddings`` are the shapes of those that are embeddings;
     ``layer_weights`` are those of one layer. ``peaks`` holds for each phase (forward, loss,
     backward, evaluation) what lives at its peak beyond weights and optimizer state, by kind.
     ``saved`` lives between forward and backward pass. ``flops`` are those of matrix products,
@@ -46,6 +47,7 @@ class Trace:
     weights: Mapping[str, int]
     trainable: Mapping[str, int]
     shapes: Mapping[int, Mapping[tuple[int, ...], int]]
+    embeddings: Sequence[tuple[int, ...]]
     layer_weights: int
     saved: int
     flops: int
@@ -118,6 +120,7 @@ def _extrapolated(shallow: Trace, deeper: Trace, *, times: int) -> Trace:
         weights=each(shallow.weights, deeper.weights),
         trainable=each(shallow.trainable, deeper.trainable),
         shapes={size: each(shallow.shapes[size], deeper.shapes[size]) for size in deeper.shapes},
+        embeddings=deeper.embeddings,
         layer_weights=deeper.layer_weights,
         saved=number(shallow.saved, deeper.saved),
         flops=number(shallow.flops, deeper.flops),
@@ -173,6 +176,11 @@ class _Following:
             weights,
             trainable,
             shapes,
+            [
+                tuple(module.weight.shape)
+                for module in model.modules()
+                if isinstance(module, nn.Embedding) and module.weight.requires_grad
+            ],
             layer,
             saved,
             flops=live.flops,

@@ -32,7 +32,7 @@ _REASONS = {
     "study.checkpoint=feed_forward": "the same for the feed-forward part alone, as the reports did "
     "it: attention's activations stay",
     "training.optim=adamw_bnb_8bit": "Adam's two moments take a byte a parameter each, with a "
-    "scale a block",
+    "scale a block; transformers keeps those of the embedding in float32",
     "model.dtype=bfloat16": "weights, gradients and activations take half; without master weights "
     "small updates are lost; a CPU without such units is slow",
     "study.logits=chunked": "the logits of all positions, and their gradient, never exist at once",
@@ -88,7 +88,8 @@ def _learned(arm: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """Held-out loss beside the base's, after as many tokens."""
     if arm["tokens"] != base["tokens"]:
         return "other tokens"
-    return f"{arm['held_out_loss']['after'] - base['held_out_loss']['after']:+.3f}"
+    more = round(arm["held_out_loss"]["after"] - base["held_out_loss"]["after"], 3)
+    return f"{more + 0.0:+.3f}"  # no -0.000
 
 
 def _reason(arm: Mapping[str, Any], base: Mapping[str, Any]) -> str:

@@ -82,9 +82,9 @@ def test_what_is_foretold_is_what_it_takes(run, capsys):
     assert found == {"forecast": pytest.approx(seconds), "measured": pytest.approx(seconds)}
     probed = SECONDS * sum(tokens[step] for step in range(2, 22)) / 20
     told = capsys.readouterr().out
-    minutes = f"{seconds / 60:.0f} min"
-    assert f"{probed:.2f} s a step over 20 steps: about {minutes} for the 24 that are left" in told
-    assert f"\ntime      forecast {minutes} after 20 steps, measured {minutes} (+0.0%)\n" in told
+    told_as = pace_module._in_words(seconds)
+    assert f"{probed:.2f} s a step over 20 steps: about {told_as} for the 24 that are left" in told
+    assert f"\ntime      forecast {told_as} after 20 steps, measured {told_as} (+0.0%)\n" in told
     # Steps of the same number of tokens, and the mean would do as well.
     assert len(set(tokens.values())) > 5
 
@@ -173,7 +173,8 @@ def test_time_that_is_not_the_tokens_is_no_more_than_that(clock):
     [
         (0, "0 s"),
         (119.4, "119 s"),
-        (121, "2 min"),
+        (599, "599 s"),
+        (601, "10 min"),
         (7190, "120 min"),
         (7201, "2.0 h"),
         (9e4, "25.0 h"),

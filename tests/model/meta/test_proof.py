@@ -1,6 +1,7 @@
 """A conversion that is wrong is found out by its own proof, and leaves no folder."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from recipe.model.meta import convert as meta_convert
+from recipe.model.meta import proof as meta_proof
 from recipe.model.meta.layout import Params
 from recipe.settings import RunFailed
 from tests.model.meta.files import COLUMNS, ROWS, tiny_llama, write_shards
@@ -150,6 +152,14 @@ def test_a_single_weight_that_changed_is_found(meta, refused, monkeypatch):
 
     joined_otherwise(monkeypatch, change)
     refused(meta, LOGITS, error=RunFailed)
+
+
+def test_logits_that_are_no_numbers_prove_nothing(meta, refused, monkeypatch):
+    real = meta_proof.converted_logits
+    monkeypatch.setattr(
+        meta_proof, "converted_logits", lambda *given: [x * math.nan for x in real(*given)]
+    )
+    refused(meta, f"{LOGITS} nan", error=RunFailed)
 
 
 def edited(config, **values):

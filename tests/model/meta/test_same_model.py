@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recipe import convert
+from recipe.model.meta import convert as meta_convert
 from recipe.model.meta import tokenizer as meta_tokenizer
 from recipe.sealed import damage
 from tests.model.meta.files import (
@@ -162,6 +163,31 @@ def test_the_index_lists_each_tensor_once(converted):
 def test_the_context_is_that_of_the_family_or_as_asked(small, tmp_path, params, options, expected):
     convert.main([str(small(**params)), str(tmp_path / "model"), *options])
     assert LlamaConfig.from_pretrained(tmp_path / "model").max_position_embeddings == expected
+
+
+TINY = {
+    "vocab_size": 768, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1234,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ({}, 1234),
+        ({"tie_word_embeddings": True}, 8192),
+        ({"num_key_value_heads": 8}, 8192),
+        ({"max_position_embeddings": 131_072}, 8192),  # its frequencies would be scaled
+    ],
+)
+def test_the_context_of_a_published_model_of_this_shape_is_taken(
+    small, tmp_path, monkeypatch, other, expected
+):
+    monkeypatch.setattr(meta_convert, "published", lambda: {"some/one": {**TINY, **other}})
+    convert.main([str(small()), str(tmp_path / "model")])
+    assert LlamaConfig.from_pretrained(tmp_path / "model").max_position_embeddings == expected
+    notes = json.loads((tmp_path / "model/conversion.json").read_text())["notes"]
+    assert ("its shape is that of some/one" in notes) == (expected == 1234)
 
 
 def same(folder, model):
