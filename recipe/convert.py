@@ -12,12 +12,16 @@ dequantised to float32, so nothing that the file holds is lost.
 
 import argparse
 import importlib.metadata
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from recipe.exit_codes import run_command
-from recipe.settings import RunFailed, UserError
+from recipe.settings import RunFailed, Stopped, UserError
 
 _ONLY_META = ("tokenizer", "instruct", "context")
 
@@ -48,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.package and args.source:
         raise UserError.single("--package", f"names the file, and so does {args.source}. Drop one.")
     source = _in_package(args.package) if args.package else Path(args.source or "")
+    if not args.destination:
+        raise UserError.single("destination", "is empty. Name the folder to write.")
     destination = Path(args.destination)
     is_meta = bool(args.source) and source.is_dir()
     if not is_meta and (source.suffix != ".gguf" or not source.is_file()):
@@ -55,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
             "source",
             f"{source} is no .gguf file and no folder of Meta's files. Name one, or --package.",
         )
-    if destination.exists():
+    if os.path.lexists(destination):
         raise UserError.single("destination", f"{destination} exists. Remove it, or name another.")
     if args.context is not None and args.context < 1:
         raise UserError.single("--context", f"{args.context} is below 1. Name tokens, as 4096.")
@@ -63,13 +69,27 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(args, name) and not is_meta:
             raise UserError.single(f"--{name}", "is for Meta's files. A GGUF file says it itself.")
     started = time.perf_counter()
-    said = _convert_meta(args, source, destination) if is_meta else convert(source, destination)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        said = _convert_meta(args, source, destination) if is_meta else convert(source, destination)
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(
+            f"{destination}: not written: {' '.join(str(error).split())}. Nothing of it is left."
+        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"{destination}: {said}, in {time.perf_counter() - started:.0f} s")
+
+
+def _stop(number: int, _: object) -> None:
+    """As Ctrl-C does, so that what was written so far is taken away."""
+    name = signal.Signals(number).name
+    raise Stopped(f"stopped by {name}; nothing of it is left", signal_number=number)
 
 
 def convert(source: Path, destination: Path) -> str:
     """Read a GGUF file, write ``destination``, and count the parameters against the file's own."""
-    print(f"Converting {source.name} to {destination} (about half a minute)...", flush=True)
+    print(f"Converting {source.name} to {destination}...", flush=True)
     from recipe.quiet import quiet_libraries
 
     quiet_libraries()
@@ -97,7 +117,7 @@ def _convert_meta(args: argparse.Namespace, source: Path, destination: Path) -> 
     print(f"tokenizer gives the original's ids on {done.strings:,} texts")
     print(
         f"logits    those of Meta's files in their own layout, to {proof.difference:.1e} of their "
-        f"deviation (at most {proof.tolerance:.0e}); the next token is the same at "
+        f"deviation in {proof.computed_in} (at most {proof.tolerance:.0e}); the same next token at "
         f"{proof.same_next:,} of {proof.positions:,} positions · {destination / PROOF}"
     )
     shards = f"{done.shards} shard{'s' if done.shards > 1 else ''}"

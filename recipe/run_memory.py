@@ -8,7 +8,7 @@ from pathlib import Path
 from recipe.data.batch import largest_batch
 from recipe.data.tokens import TokenizedRow
 from recipe.memory.account import account, lines
-from recipe.memory.forecast import Plan, forecast
+from recipe.memory.forecast import Forecast, Plan, forecast
 from recipe.memory.remedies import Remedy, smaller
 from recipe.memory.sharding import sharded
 from recipe.memory.watch import MemoryWatch
@@ -61,12 +61,17 @@ def what_takes_less(run: Run) -> Callable[[Collection[int], bool, int], str]:
         if not ways:
             return "Use a smaller model, or data.max_length to leave out long rows"
         return "What takes less, first what trains the same: " + "; ".join(
-            f"{shlex.join(way.overrides)} ({(ahead.peak - way.forecast.peak) / 2**30:.2f} GiB less "
+            f"{shlex.join(way.overrides)} ({_saved(ahead, way):.2f} GiB less "
             f"by forecast, {way.time:.2f} of the time{'' if way.same else ', trains otherwise'})"
             for way in ways
         )
 
     return told
+
+
+def _saved(ahead: Forecast, way: Remedy) -> float:
+    """GiB of what is allocated, which needs no assumption."""
+    return (ahead.allocated - way.forecast.allocated) / 2**30
 
 
 def _may_change(way: Remedy) -> bool:

@@ -34,15 +34,15 @@ def remedies(plan: Plan, found: Forecast, *, room: int) -> list[Remedy]:
     """Changes that bring the peak to ``room`` bytes: those that train the same, the quickest first,
     then others, likewise.
 
-    Where no single one suffices, all of them together, one after the other, until they do; nothing
-    where even these do not.
+    Where no single one that trains the same suffices, those together, one after the other, until
+    they do; where nothing has sufficed so far, all of them; nothing where even these do not.
     """
     before = _cost(plan, found)
     single = _all_tried(plan, before)
-    fitting = [one for one in single if one.forecast.peak <= room]
-    if fitting:
-        return _ranked(fitting)
-    return _together(plan, found, room, before=before)
+    fitting = _ranked([one for one in single if one.forecast.peak <= room])
+    if not any(one.same for one in fitting):
+        fitting = [*_together(plan, found, room, before=before, only_same=True), *fitting]
+    return fitting or _together(plan, found, room, before=before, only_same=False)
 
 
 def smaller(plan: Plan, found: Forecast) -> list[Remedy]:
@@ -50,20 +50,22 @@ def smaller(plan: Plan, found: Forecast) -> list[Remedy]:
     before = _cost(plan, found)
     tried = _all_tried(plan, before)
     least = _NOTABLE * found.allocated
-    return _ranked([one for one in tried if found.peak - one.forecast.peak >= least])
+    return _ranked([one for one in tried if found.allocated - one.forecast.allocated >= least])
 
 
 def _ranked(ways: list[Remedy]) -> list[Remedy]:
     return sorted(ways, key=lambda one: (not one.same, round(one.time, 2), one.forecast.peak))
 
 
-def _together(plan: Plan, found: Forecast, room: int, *, before: float) -> list[Remedy]:
+def _together(
+    plan: Plan, found: Forecast, room: int, *, before: float, only_same: bool
+) -> list[Remedy]:
     """Each time what saves most, until it fits."""
     overrides: list[str] = []
     same, now, ahead = True, plan, found
     for _ in range(12):
-        tried = _all_tried(now, before)
-        best = min(tried, key=lambda one: one.forecast.peak, default=None)
+        tried = [one for one in _all_tried(now, before) if one.same or not only_same]
+        best = min(tried, key=lambda one: (one.forecast.peak, not one.same), default=None)
         if best is None or best.forecast.peak >= ahead.peak:
             return []
         kept = [one for one in overrides if _key(one) not in map(_key, best.overrides)]

@@ -2,14 +2,16 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
-from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from recipe.sealed import whole_folder
 from recipe.settings import RunFailed, UserError
@@ -18,6 +20,15 @@ from recipe.settings import RunFailed, UserError
 _EVEN = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), 32),
     **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), 16),
+}
+_ROPE, _FREQUENCIES = "llama.rope", "rope_freqs.weight"
+# Of Llama 3.1 and 3.3, and of 3.2.
+_LLAMA3_FACTORS = (8.0, 32.0)
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 _SAMPLED = 1 << 16  # weights of a tensor, from which its steps are estimated
 
@@ -44,11 +55,9 @@ def convert_gguf(source: Path, destination: Path) -> tuple[int, list[str]]:
         raise UserError.single(
             str(source), f"holds a {architecture!r} model, no 'llama' one. Use another."
         )
-    in_file = sum(
-        int(tensor.n_elements)
-        for tensor in reader.tensors
-        if tensor.name != "rope_freqs.weight"  # a constant, no parameter
-    )
+    tensors = [tensor for tensor in reader.tensors if tensor.name != _FREQUENCIES]
+    rope = _scaled_rope(source, reader)
+    in_file = sum(int(tensor.n_elements) for tensor in tensors)
     with _reading(source):
         model, loading = LlamaForCausalLM.from_pretrained(
             **where,
@@ -67,10 +76,57 @@ def convert_gguf(source: Path, destination: Path) -> tuple[int, list[str]]:
         raise RunFailed(f"{source.name} holds {in_file:,} parameters, {parameters:,} were read")
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise RunFailed(f"{source.name} holds values that are not finite")
+    if rope is not None:
+        model.config.rope_parameters = rope
+    told = quantization_told(tensors)
     with whole_folder(destination) as staged:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-    return parameters, quantization_told(reader.tensors)
+    return parameters, told
+
+
+def _scaled_rope(source: Path, reader: GGUFReader) -> dict[str, Any] | None:
+    """``rope_parameters`` where rotary frequencies are scaled; transformers reads nothing of it.
+
+    llama.cpp keeps Llama 3.1's as divisors of each frequency, without the rule that made them.
+
+    Raises:
+        UserError: they are scaled by a rule that is not known here.
+    """
+    kind = reader.fields.get(f"{_ROPE}.scaling.type")
+    named = None if kind is None else str(kind.contents())
+    divisors = next((tensor for tensor in reader.tensors if tensor.name == _FREQUENCIES), None)
+    if divisors is None and named in (None, "none"):
+        return None
+    values = None if divisors is None else torch.from_numpy(np.array(divisors.data)).float()
+    if values is not None and named in (None, "none"):
+        if bool((values == 1).all()):
+            return None
+        theta = float(reader.fields[f"{_ROPE}.freq_base"].contents())
+        for factor in _LLAMA3_FACTORS:
+            rope = {**_LLAMA3, "rope_theta": theta, "factor": factor}
+            if torch.allclose(values, _divisors(rope, 2 * len(values)), rtol=1e-3):
+                return rope
+    raise UserError.single(
+        str(source),
+        f"scales its rotary frequencies ({named or _FREQUENCIES}) by a rule that is not known "
+        "here. Use the checkpoint in safetensors.",
+    )
+
+
+def _divisors(rope: Mapping[str, Any], head_dim: int) -> torch.Tensor:
+    """Of transformers' own rule, (head_dim / 2,)."""
+
+    def frequencies(parameters: dict[str, Any]) -> torch.Tensor:
+        config = LlamaConfig(
+            hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim,
+            rope_parameters=parameters,
+        )  # fmt: skip
+        found: torch.Tensor = LlamaRotaryEmbedding(config).inv_freq
+        return found
+
+    plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return frequencies(plain) / frequencies(dict(rope))
 
 
 def quantization_told(tensors: Sequence[ReaderTensor]) -> list[str]:
@@ -92,8 +148,11 @@ def _told(kind: GGMLQuantizationType, tensors: Sequence[ReaderTensor]) -> str:
     said = f"note      {kind.name}: {len(tensors)} tensors, {weights:,} weights of {bits:.3g} bits"
     if kind.name not in _EVEN:
         return said + ("" if kind.name in ("F32", "F16", "BF16") else ", of uneven steps")
-    errors = [_rounding(one, _EVEN[kind.name]) for one in tensors]
-    counts = [int(one.n_elements) for one in tensors]
+    matrices = [one for one in tensors if len(one.shape) > 1]
+    if not matrices:
+        return said
+    errors = [_rounding(one, _EVEN[kind.name]) for one in matrices]
+    counts = [int(one.n_elements) for one in matrices]
     return (
         f"{said}; rounding has moved them by about {np.average(errors, weights=counts):.1%} of "
         "their size, which no conversion undoes"

@@ -125,7 +125,7 @@ def test_meta_s_files_become_a_folder_and_what_proves_it_is_told(meta, tmp_path,
     assert all(f"note      {note}\n" in said for note in facts["notes"])
     assert "tokenizer gives the original's ids on 10,000 texts\n" in said
     proof = facts["proof"]
-    assert f"to {proof['difference']:.1e} of their deviation (at most 1e-04)" in said
+    assert f"to {proof['difference']:.1e} of their deviation in float32 (at most 1e-04)" in said
     assert f"{proof['same_next']:,} of {proof['positions']:,} positions" in said
     parameters = sum(
         p.numel() for p in LlamaForCausalLM.from_pretrained(tmp_path / "out").parameters()
@@ -152,7 +152,7 @@ def test_a_wrong_conversion_ends_with_3_and_one_line(meta, tmp_path, capsys, mon
     monkeypatch.setattr(meta_convert, "halves_of_pairs", lambda weight, heads: weight)
     assert run_command(lambda: convert.main([str(meta), str(tmp_path / "out")])) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("more than 1e-04; nothing was written")
+    assert line.endswith("more than 0.0001; nothing was written")
     assert {path.name for path in tmp_path.iterdir()} == {"meta"}
 
 

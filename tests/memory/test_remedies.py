@@ -117,7 +117,10 @@ def test_only_what_fits_is_named(planned, device):
     for room in (peaks[0], peaks[1], peaks[len(peaks) // 2]):
         ways = remedies(plan, found, room=room)
         fitting = [way for way in every if way.forecast.peak <= room]
-        assert overrides_of(ways) == overrides_of(fitting)
+        assert overrides_of(ways)[-len(fitting) :] == overrides_of(fitting)
+        more = ways[: -len(fitting)]
+        assert all(way.same and len(way.overrides) > 1 for way in more)
+        assert not (more and any(way.same for way in fitting))
 
 
 def test_where_no_single_one_suffices_they_are_put_together(planned, load, monkeypatch):
@@ -149,6 +152,20 @@ def test_where_no_single_one_suffices_they_are_put_together(planned, load, monke
     REMEMBERED.clear()
 
 
+def test_what_trains_the_same_is_put_together_before_rows_are_left_out(planned):
+    asked = [CHECKPOINTED, EIGHT_BIT_ADAM[0]]
+    plan = planned(*asked, device="cuda", held_out=(), lengths=(400, 399, 398, 397))
+    found = remembered(plan)
+    twice = ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4"]
+    single = {" ".join(way.overrides): way for way in remedies(plan, found, room=ANY)}
+    once = single[" ".join(HALVED)].forecast.peak
+    assert single[" ".join(SHORTER)].forecast.peak < once + (once >> 4)
+    first, *others = remedies(plan, found, room=once - 1)
+    assert list(first.overrides) == twice
+    assert first.same
+    assert not any(way.same for way in others)
+
+
 def least(plan: Plan) -> int:
     """With checkpointing, Adam in 8 bit and the longer row alone."""
     training = {
@@ -169,7 +186,7 @@ def test_smaller_ones_are_those_that_take_a_twentieth_less(planned):
     ways = smaller(plan, found)
     assert 0 < len(ways) < len(every)
     assert overrides_of(ways) == overrides_of(
-        [way for way in every if found.peak - way.forecast.peak >= 0.05 * found.allocated]
+        [way for way in every if found.allocated - way.forecast.allocated >= 0.05 * found.allocated]
     )
 
 

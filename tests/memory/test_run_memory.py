@@ -50,16 +50,18 @@ def test_each_way_is_told_with_what_it_saves(told, write_config):
     assert 1 < len(ways) <= 4
     assert [bool(otherwise) for *_, otherwise in ways] == sorted(bool(one[3]) for one in ways)
 
-    def peak(of) -> int:
+    def allocated(of) -> int:
         micro_batch = [TRAINED[0], TRAINED[2]][: int(of.training["per_device_train_batch_size"])]
-        return forecast(Plan(of, LARGE, micro_batch, (), "cpu", share_openings=True)).peak
+        return forecast(Plan(of, LARGE, micro_batch, (), "cpu", share_openings=True)).allocated
 
-    assert len({less for _, less, *_ in ways}) > 1
+    assert all(float(less) > 0.01 for _, less, *_ in ways)
     for overrides, less, *_ in ways:
         if "data." not in overrides:  # other rows
             given = {one.partition("=")[0]: one for one in (batch, *shlex.split(overrides))}
             after = load_settings(str(write_config()), list(given.values()))
-            assert (peak(settings) - peak(after)) / 2**30 == pytest.approx(float(less), abs=0.006)
+            assert (allocated(settings) - allocated(after)) / 2**30 == pytest.approx(
+                float(less), abs=0.006
+            )
 
 
 def test_an_evaluation_is_given_fewer_rows(told):

@@ -35,7 +35,14 @@ def tensors(vocabulary):
     }
 
 
-def write(file, *, architecture="llama", template="{{ messages }}", change=lambda tensors: None):
+def write(
+    file,
+    *,
+    architecture="llama",
+    template="{{ messages }}",
+    change=lambda tensors: None,
+    more=lambda writer: None,
+):
     """A Llama model of one layer with the tests' tokenizer."""
     tokenizer = json.loads(build_tokenizer().backend_tokenizer.to_str())["model"]
     tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
@@ -57,6 +64,7 @@ def write(file, *, architecture="llama", template="{{ messages }}", change=lambd
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template(template)
+    more(writer)
     content = tensors(len(tokens))
     change(content)
     for name, values in content.items():

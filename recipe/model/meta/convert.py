@@ -1,20 +1,21 @@
 """Meta's checkpoint → a sealed safetensors folder, tensor by tensor, with its proof."""
 
-import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from recipe.model.meta.forward import SCALE
 from recipe.model.meta.layout import Entry, Params
 from recipe.model.meta.proof import Proof, proven
-from recipe.model.meta.shards import Shard
 from recipe.model.meta.source import Source, entries, opened
 from recipe.model.meta.tokenizer import check_same_ids
 from recipe.model.shapes import published
@@ -22,8 +23,11 @@ from recipe.sealed import whole_folder
 from recipe.settings import UserError
 
 PROOF = "conversion.json"
+_GB = 10**9
+_COPIES_APART = 0.01  # of the largest value; the first shard's is taken
 _FILE_BYTES = 1 << 30  # of weights in one file, which are in memory at once
 _CONTEXT = {"sentencepiece": 4096, "tiktoken": 8192}
+_CODE_LLAMA_CONTEXT, _LLAMA_THETA = 16_384, 10_000
 _SCALED_CONTEXT, _SCALE_32 = 131_072, 32.0
 
 
@@ -60,6 +64,7 @@ def convert_meta(
         RunFailed: what was written does not compute what Meta's files do.
     """
     found = opened(source, tokenizer, instruct=instruct)
+    _check_space(found, destination)
     config, scale, notes = _config(found, instruct=instruct, context=context)
     with whole_folder(destination) as staged:
         config.save_pretrained(staged)
@@ -74,7 +79,7 @@ def convert_meta(
         )  # fmt: skip
         dtype = str(found.dtype).removeprefix("torch.")
         converted = Converted(parameters, dtype, len(found.shards), strings, proof, notes)
-        facts = {**asdict(converted), "sources": _hashes(source, found.shards)}
+        facts = {**asdict(converted), "sources": dict(found.sha256), "versions": _versions()}
         (staged / PROOF).write_text(json.dumps(facts, indent=1) + "\n")
     return converted
 
@@ -82,18 +87,20 @@ def convert_meta(
 def _joined(found: Source, entry: Entry) -> torch.Tensor:
     """The whole tensor in the order of a ``LlamaForCausalLM``."""
     parts = [shard.read(entry.name) for shard in found.shards]
+    if not all(torch.isfinite(part).all() for part in parts):
+        raise UserError.single(
+            f"{found.folder}: {entry.name}", "holds values that are not finite. Fetch it again."
+        )
     if entry.split.value is None:
-        if any(not torch.equal(parts[0], part) for part in parts[1:]):
+        first = parts[0].float()
+        apart = max((float((first - part.float()).abs().max()) for part in parts[1:]), default=0.0)
+        if apart > _COPIES_APART * float(first.abs().max()):
             raise UserError.single(
                 f"{found.folder}: {entry.name}", "differs between shards. Fetch them again."
             )
         whole = parts[0]
     else:
         whole = torch.cat(parts, dim=entry.split.value) if len(parts) > 1 else parts[0]
-    if not torch.isfinite(whole).all():
-        raise UserError.single(
-            f"{found.folder}: {entry.name}", "holds values that are not finite. Fetch it again."
-        )
     return whole if entry.heads is None else halves_of_pairs(whole, entry.heads)
 
 
@@ -112,7 +119,7 @@ def _write_weights(found: Source, config: LlamaConfig, folder: Path) -> int:
     names: list[list[str]] = []
     held: dict[str, torch.Tensor] = {}
     parameters = total = 0
-    for entry in entries(found):
+    for entry in tqdm(list(entries(found)), "tensors", disable=None, leave=False):
         if entry.name == "output.weight" and config.tie_word_embeddings:
             continue
         tensor = _joined(found, entry)
@@ -153,11 +160,15 @@ def _config(
     tied = _tied(found)
     name = _published(found, tied=tied)
     assumed = _SCALED_CONTEXT if params.use_scaled_rope else _CONTEXT[kind]
+    if kind == "sentencepiece" and params.rope_theta > _LLAMA_THETA:
+        assumed = _CODE_LLAMA_CONTEXT
     length = context or (published()[name]["max_position_embeddings"] if name else assumed)
     notes = [] if name is None else [f"its shape is that of {name}"]
     if context is None:
-        whose = f"as {name} has it" if name else "of its family, assumed: --context says another"
-        notes.append(f"a context of {length:,} tokens, {whose}")
+        whose = f"as {name} has it" if name else "of its family, assumed"
+        if kind == "sentencepiece" and params.rope_theta == _LLAMA_THETA:
+            whose += " (Llama 1's is 2,048)"
+        notes.append(f"a context of {length:,} tokens, {whose}: --context says another")
     scale = params.rope_scaling_factor or (_SCALE_32 if tied else SCALE)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(params.rope_theta)}
     if params.use_scaled_rope:
@@ -185,6 +196,8 @@ def _config(
     )
     if instruct:
         notes.append(f"of conversations: turns end with {converted.eos_token}")
+    else:
+        notes.append("taken for a base model: --instruct, if it was trained on conversations")
     return config, scale, notes
 
 
@@ -212,6 +225,8 @@ def _tied(found: Source) -> bool:
 def _published(found: Source, *, tied: bool) -> str | None:
     """The published model of this shape; the first of several."""
     params = found.params
+    if found.tokenizer.kind == "sentencepiece" and params.rope_theta != _LLAMA_THETA:
+        return None  # Code Llama, of the same sizes
     expected = {
         "vocab_size": found.vocab_size,
         "hidden_size": params.dim,
@@ -239,9 +254,16 @@ def _generation(found: Source) -> GenerationConfig:
     )
 
 
-def _hashes(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
-    found = {}
-    for file in (folder / "params.json", *(shard.file for shard in shards)):
-        with file.open("rb") as stream:
-            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
+
+
+def _check_space(found: Source, destination: Path) -> None:
+    there = next(path for path in destination.absolute().parents if path.exists())
+    free, needed = shutil.disk_usage(there).free, sum(shard.nbytes() for shard in found.shards)
+    if needed > free:
+        raise UserError.single(
+            "destination",
+            f"{there} has {free / _GB:.1f} GB free, and the weights take {needed / _GB:.1f}. Make "
+            "room, or name another disk.",
+        )

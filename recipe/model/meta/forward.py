@@ -1,14 +1,16 @@
 """The model that Meta's files are, computed as Meta's code does: each shard its part, and a sum.
 
 It shares no line with what is converted: nothing is joined, and rotary pairs stay neighbours.
-float32; one layer at a time is in memory.
+One layer at a time is in memory.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from recipe.model.meta.layout import Params, Split
 from recipe.model.meta.shards import Shard
@@ -19,23 +21,26 @@ SCALE, LOW_FREQUENCY, HIGH_FREQUENCY, ORIGINAL_CONTEXT = 8.0, 1.0, 4.0, 8192
 
 def meta_logits(
     params: Params,
-    shards: Sequence[Shard],
+    files: Sequence[Shard],
     sequences: Sequence[Sequence[int]],
     *,
     embedding: Split,
     scale: float,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
-    """Logits of token ids, (T, vocabulary) float32 for each sequence.
+    """Logits of token ids, (T, vocabulary) of ``dtype`` for each sequence.
 
     Args:
         embedding: how tok_embeddings is split, see ``Params.around``.
         scale: of scaled rotary frequencies.
+        dtype: to compute in, float32 or float64.
     """
+    shards = [_Read(file, dtype) for file in files]
     hidden = [_embedded(shards, ids, embedding) for ids in sequences]
     turns = [_turns(params, len(ids), scale) for ids in sequences]
-    for number in range(params.n_layers):
+    for number in tqdm(range(params.n_layers), "layers of Meta's", disable=None, leave=False):
         hidden = _layer(params, shards, number, hidden, turns)
-    norm = _read(shards[0], "norm.weight")
+    norm = shards[0].read("norm.weight")
     name = "output.weight" if "output.weight" in shards[0].names else "tok_embeddings.weight"
     split = Split.ROWS if name == "output.weight" else embedding
     out = [_norm(x, norm, params) for x in hidden]
@@ -44,27 +49,42 @@ def meta_logits(
     return [together(of_all, dim=-1) for of_all in zip(*parts, strict=True)]
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A shard whose tensors are read in the dtype of the computation."""
+
+    shard: Shard
+    dtype: torch.dtype
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.shard.names
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.shard.read(name).to(self.dtype)
+
+
 def _summed(parts: Sequence[torch.Tensor], *, dim: int) -> torch.Tensor:
     return torch.stack(list(parts), dim=dim).sum(dim)
 
 
 def _product(
-    shard: Shard, name: str, split: Split, number: int, inputs: Sequence[torch.Tensor]
+    shard: _Read, name: str, split: Split, number: int, inputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    weight = _read(shard, name)
+    weight = shard.read(name)
     if split is Split.ROWS:
         return [x @ weight.T for x in inputs]
     width = weight.shape[1]
     return [x[:, number * width : (number + 1) * width] @ weight.T for x in inputs]
 
 
-def _embedded(shards: Sequence[Shard], ids: Sequence[int], embedding: Split) -> torch.Tensor:
+def _embedded(shards: Sequence[_Read], ids: Sequence[int], embedding: Split) -> torch.Tensor:
     places = torch.tensor(ids)
     if embedding is Split.COLUMNS:
-        return torch.cat([_read(one, "tok_embeddings.weight")[places] for one in shards], dim=-1)
+        return torch.cat([one.read("tok_embeddings.weight")[places] for one in shards], dim=-1)
     rows = torch.zeros(())
     for number, shard in enumerate(shards):
-        weight = _read(shard, "tok_embeddings.weight")
+        weight = shard.read("tok_embeddings.weight")
         local = places - number * len(weight)
         mine = (local >= 0) & (local < len(weight))
         rows = rows + weight[local.clamp(0, len(weight) - 1)] * mine[:, None]
@@ -73,15 +93,15 @@ def _embedded(shards: Sequence[Shard], ids: Sequence[int], embedding: Split) -> 
 
 def _layer(
     params: Params,
-    shards: Sequence[Shard],
+    shards: Sequence[_Read],
     number: int,
     hidden: list[torch.Tensor],
     turns: list[torch.Tensor],
 ) -> list[torch.Tensor]:
     prefix = f"layers.{number}."
 
-    def weight(shard: Shard, name: str) -> torch.Tensor:
-        return _read(shard, f"{prefix}{name}.weight")
+    def weight(shard: _Read, name: str) -> torch.Tensor:
+        return shard.read(f"{prefix}{name}.weight")
 
     normed = [_norm(x, weight(shards[0], "attention_norm"), params) for x in hidden]
     for shard in shards:
@@ -146,7 +166,3 @@ def _turns(params: Params, length: int, scale: float) -> torch.Tensor:
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, params: Params) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + params.norm_eps) * weight
-
-
-def _read(shard: Shard, name: str) -> torch.Tensor:
-    return shard.read(name).float()

@@ -119,6 +119,10 @@ def load_params(file: Path) -> Params:
     Raises:
         UserError: it cannot be read, lacks a number, or describes another kind of model.
     """
+    if not file.is_file():
+        found = next(file.parent.glob(f"*/{file.name}"), None)
+        remedy = f"Name {found.parent}." if found else "Name the folder with Meta's own files."
+        raise UserError.single(str(file.parent), f"has no {file.name}. {remedy}")
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

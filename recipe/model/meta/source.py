@@ -1,11 +1,12 @@
 """What a folder of Meta's holds, opened and checked, before anything is written."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from recipe.model.meta.forward import SCALE, frequencies
 from recipe.model.meta.layout import Entry, Params, Split, load_params
@@ -14,6 +15,8 @@ from recipe.model.meta.tokenizer import MetaTokenizer, load_tokenizer
 from recipe.settings import UserError
 
 _FREQUENCIES = "rope.freqs"  # of Llama 1's 7B, in each layer
+_LIST = "checklist.chk"
+_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Source:
     tokenizer: MetaTokenizer
     vocab_size: int
     embedding: Split
+    sha256: Mapping[str, str]  # of each file, by its name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,13 +42,12 @@ def opened(folder: Path, tokenizer: Path | None, *, instruct: bool) -> Source:
     """
     params = load_params(folder / "params.json")
     shards = open_shards(folder)
-    _check_sums(folder)
+    files = [shard.file for shard in shards]
     beside = next(
         (path for path in (folder, folder.parent) if (path / "tokenizer.model").is_file()), folder
     )
-    loaded = load_tokenizer(
-        tokenizer or beside / "tokenizer.model", later=params.use_scaled_rope, instruct=instruct
-    )
+    named = tokenizer or beside / "tokenizer.model"
+    loaded = load_tokenizer(named, later=params.use_scaled_rope, instruct=instruct)
     vocab_size = loaded.size if params.vocab_size == -1 else params.vocab_size
     if vocab_size != loaded.size:
         raise UserError.single(
@@ -53,29 +56,53 @@ def opened(folder: Path, tokenizer: Path | None, *, instruct: bool) -> Source:
             "the tokenizer of this model by --tokenizer.",
         )
     embedding = _embedding(params, shards, vocab_size)
-    found = Source(folder, params, shards, loaded, vocab_size, embedding)
+    found = Source(folder, params, shards, loaded, vocab_size, embedding, {})
     _check_tensors(found)
+    # Last, as it reads every byte.
+    return replace(found, sha256=_checked_sums(folder, [folder / "params.json", named, *files]))
+
+
+def _listed(folder: Path) -> Mapping[str, str]:
+    """Meta's own list, where it was fetched too: a file's name → its MD5, or SHA-256."""
+    file = folder / _LIST
+    if not file.is_file():
+        return {}
+    listed = {}
+    for line in file.read_text(errors="replace").splitlines():
+        digest, _, name = line.strip().partition(" ")
+        listed[Path(name.lstrip(" *")).name] = digest.lower()
+    for name in listed:
+        # tokenizer.model may lie beside the folder.
+        if name.endswith(".pth") and not (folder / name).is_file():
+            raise UserError.single(
+                str(folder / name), f"is listed in {_LIST}, but missing. Fetch it."
+            )
+    return listed
+
+
+def _checked_sums(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each file; those that are listed are the ones that the list means."""
+    listed, found = _listed(folder), {}
+    for file in tqdm(files, "files hashed", disable=None, leave=False):
+        sha256, md5 = _digests(file)
+        expected = listed.get(file.name) if file.parent == folder else None
+        if expected not in (None, md5, sha256):
+            kind = "SHA-256" if len(expected or "") == len(sha256) else "MD5"
+            raise UserError.single(
+                str(file), f"is not the file that {_LIST} lists by its {kind}. Fetch it again."
+            )
+        found[file.name] = sha256
     return found
 
 
-def _check_sums(folder: Path) -> None:
-    """Against Meta's own list, where it was fetched too."""
-    file = folder / "checklist.chk"
-    if not file.is_file():
-        return
-    for line in file.read_text(errors="replace").splitlines():
-        expected, _, name = line.strip().partition(" ")
-        there = folder / Path(name.lstrip(" *")).name
-        if not there.is_file():
-            if there.suffix != ".pth":
-                continue  # tokenizer.model may lie beside the folder
-            raise UserError.single(str(there), f"is listed in {file.name}, but missing. Fetch it.")
-        with there.open("rb") as stream:
-            found = hashlib.file_digest(stream, "md5").hexdigest()
-        if found != expected.lower():
-            raise UserError.single(
-                str(there), f"is not the file that {file.name} lists by its MD5. Fetch it again."
-            )
+def _digests(file: Path) -> tuple[str, str]:
+    """SHA-256 and MD5, in one reading."""
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            sha256.update(chunk)
+            md5.update(chunk)
+    return sha256.hexdigest(), md5.hexdigest()
 
 
 def _embedding(params: Params, shards: Sequence[Shard], vocab_size: int) -> Split:
@@ -142,12 +169,15 @@ def _split_sizes(entry: Entry) -> tuple[int, ...]:
 
 def _check_frequencies(found: Source) -> None:
     """Where a shard brings them, they tell whether params.json has the right rope_theta."""
-    expected = frequencies(found.params, SCALE)
+    # They are kept before or after they are scaled.
+    plain = frequencies(replace(found.params, use_scaled_rope=False), SCALE)
+    either = plain, frequencies(found.params, SCALE)
     for shard in found.shards:
         for name in _frequency_names(shard):
             held = shard.read(name).float()
-            near = held.shape == expected.shape and torch.allclose(held, expected, 0.02, 1e-8)
-            if not near:
+            if held.shape != plain.shape or not any(
+                torch.allclose(held, one, rtol=0.02, atol=1e-8) for one in either
+            ):
                 raise UserError.single(
                     f"{shard.file}: {name}",
                     f"are not those of rope_theta={found.params.rope_theta:g} in params.json. "

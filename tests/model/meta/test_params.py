@@ -101,7 +101,10 @@ def test_what_is_no_table_is_refused(small, refused, content):
 def test_without_params_json_is_refused(small, refused):
     folder = small(shards=1)
     (folder / "params.json").unlink()
-    refused(folder, "params.json: not readable as JSON .*No such file")
+    refused(folder, "has no params.json. Name the folder with Meta's own files")
+    (folder / "original").mkdir()
+    (folder / "original/params.json").write_text("{}")
+    refused(folder, "has no params.json. Name .*/original\\.")
 
 
 def test_what_says_nothing_of_the_weights_is_passed_over(small, tmp_path):

@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from recipe import convert
 from tests.model.meta.files import (
@@ -108,8 +109,18 @@ def test_a_value_that_is_not_finite_is_refused(small, refused, name, value):
 @pytest.mark.parametrize("name", NORMS)
 def test_norms_that_differ_between_shards_are_refused(small, refused, name):
     folder = small(shards=4)
-    edit_shard(folder, 3, change(name, lambda x: x + 1e-6 * (torch.arange(64) == 63)))
+    edit_shard(folder, 3, change(name, lambda x: x + 0.1 * (torch.arange(64) == 63)))
     refused(folder, f"{name}: differs between shards")
+
+
+def test_norms_that_were_rounded_apart_are_the_first_shards(small, tmp_path):
+    folder = small(shards=2)
+    name = "layers.0.attention_norm.weight"
+    edit_shard(folder, 1, change(name, lambda x: x + 1e-6 * (torch.arange(64) == 63)))
+    convert.main([str(folder), str(tmp_path / "model")])
+    held = torch.load(shard_file(folder, 0), weights_only=True)[name]
+    found = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert torch.equal(found.model.layers[0].input_layernorm.weight, held)
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2, 3])

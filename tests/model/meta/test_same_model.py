@@ -130,6 +130,9 @@ def test_the_folder_is_sealed_and_its_proof_true(converted):
     assert facts["dtype"] == str(model.dtype).removeprefix("torch.")
     files = sorted(meta.glob("consolidated.*.pth"))
     assert facts["shards"] == len(files)
+    tokenizer = facts["sources"].pop("tokenizer.model")
+    files_named_so = meta.parents[1].rglob("tokenizer.model")
+    assert tokenizer in {hashlib.sha256(one.read_bytes()).hexdigest() for one in files_named_so}
     assert facts["sources"] == {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in [meta / "params.json", *files]
