@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
+import signal
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from recipe import convert
@@ -244,3 +247,30 @@ def test_the_starter_is_told_with_its_quantisation(starter, tmp_path, capsys):
     assert "134,515,008 parameters, all finite" in said
     files = ("model.safetensors", "tokenizer.json")
     assert all((tmp_path / "out" / n).read_bytes() == (starter / n).read_bytes() for n in files)
+
+
+def test_a_full_disk_is_told_before_and_while_it_is_written(meta, tmp_path, capsys, monkeypatch):
+    before = set(tmp_path.rglob("*"))
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(meta_convert, "shutil", full)
+        assert run_command(lambda: convert.main([str(meta), str(tmp_path / "out")])) == 2
+    assert "GB free, and the weights take" in capsys.readouterr().err
+
+    def save(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(meta_convert, "save_file", save)
+    assert run_command(lambda: convert.main([str(meta), str(tmp_path / "out")])) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("No space left on device (os error 28). Nothing of it is left.")
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_termination_leaves_nothing(meta, tmp_path, capsys, monkeypatch):
+    before, handler = set(tmp_path.rglob("*")), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(meta_convert, "save_file", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_command(lambda: convert.main([str(meta), str(tmp_path / "out")])) == 143
+    assert capsys.readouterr().err.strip() == "stopped by SIGTERM; nothing of it is left"
+    assert set(tmp_path.rglob("*")) == before
+    assert signal.getsignal(signal.SIGTERM) == handler

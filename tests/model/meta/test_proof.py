@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from recipe import convert
 from recipe.model.meta import convert as meta_convert
 from recipe.model.meta import proof as meta_proof
 from recipe.model.meta.layout import Params
@@ -239,3 +240,16 @@ def test_a_bug_of_ours_leaves_nothing_either(meta, refused, monkeypatch):
 
     monkeypatch.setattr(meta_convert, "_named", broken)
     refused(meta, "a bug", error=ZeroDivisionError)
+
+
+def test_what_float32_rounds_too_far_is_judged_in_float64(small, tmp_path, monkeypatch):
+    folder = small(shards=2)
+    convert.main([str(folder), str(tmp_path / "first")])
+    rounded = json.loads((tmp_path / "first/conversion.json").read_text())["proof"]
+    assert rounded["computed_in"] == "float32"
+    monkeypatch.setattr(meta_proof, "TOLERANCE", 0.9 * rounded["difference"])
+    convert.main([str(folder), str(tmp_path / "second")])
+    exact = json.loads((tmp_path / "second/conversion.json").read_text())["proof"]
+    assert exact["computed_in"] == "float64"
+    assert exact["difference"] < 0.9 * rounded["difference"]
+    assert exact["same_next"] == exact["positions"] == rounded["positions"]
