@@ -145,7 +145,8 @@ def quantization_told(tensors: Sequence[ReaderTensor]) -> list[str]:
 def _told(kind: GGMLQuantizationType, tensors: Sequence[ReaderTensor]) -> str:
     weights, (block, size) = sum(int(one.n_elements) for one in tensors), GGML_QUANT_SIZES[kind]
     bits = 8 * size / block
-    said = f"note      {kind.name}: {len(tensors)} tensors, {weights:,} weights of {bits:.3g} bits"
+    held = f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''}"
+    said = f"note      {kind.name}: {held}, {weights:,} weights of {bits:.3g} bits"
     if kind.name not in _EVEN:
         return said + ("" if kind.name in ("F32", "F16", "BF16") else ", of uneven steps")
     matrices = [one for one in tensors if len(one.shape) > 1]

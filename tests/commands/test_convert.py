@@ -187,7 +187,7 @@ def test_rounding_is_told_as_large_as_it_is(kind, bits, size, shape):
     tensor = stored(values, kind)
     (line,) = quantization_told([tensor])
     count = f"{values.size:,}"
-    assert line.startswith(f"note      {kind}: 1 tensors, {count} weights of {bits:g} bits; ")
+    assert line.startswith(f"note      {kind}: 1 tensor, {count} weights of {bits:g} bits; ")
     moved = dequantize(tensor.data, tensor.tensor_type) - values
     true = 100 * np.sqrt((moved**2).mean() / (values**2).mean())
     few = 2 if values.size < 1000 else 1  # blocks
@@ -198,7 +198,7 @@ def test_rounding_is_told_as_large_as_it_is(kind, bits, size, shape):
 def test_what_is_no_quantisation_is_told_as_it_is(kind, bits):
     tensor = stored(np.ones((2, 64), dtype=np.float32), kind)
     assert quantization_told([tensor]) == [
-        f"note      {kind}: 1 tensors, 128 weights of {bits} bits"
+        f"note      {kind}: 1 tensor, 128 weights of {bits} bits"
     ]
 
 
