@@ -17,6 +17,7 @@ from recipe.training.flow import GoOnLogging, OnFirstSave
 from recipe.training.run_folder import note_changes, write_settings
 from recipe.training.run_log import RunLog
 from recipe.training.same_run import Beginning
+from recipe.training.sharded_trainer import ShardedTrainer
 from recipe.training.trainer import TokenWeightedTrainer
 
 _WHERE = "training.resume_from_checkpoint"
@@ -118,6 +119,11 @@ def train(trainer: TokenWeightedTrainer, resumed: Checkpoint | None) -> None:
     # Stopped behind the last step: with max_steps the Trainer would take one more.
     trainer.state = state
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    if isinstance(trainer, ShardedTrainer):
+        trainer.take_up(resumed.folder, best=Path(best) if best else None)
+        if trainer.args.should_save:
+            trainer.remove_old_checkpoints(at_the_end=True)
+        return
     weights = load_file(Path(best or resumed.folder) / "adapter_model.safetensors")
     set_peft_model_state_dict(trainer.model, weights)
     if trainer.args.should_save:

@@ -21,6 +21,7 @@ from recipe.memory.watch import MemoryWatch
 from recipe.model.checkpoint import load_base, loaded_commit
 from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
+from recipe.model.shards import whole_adapter
 from recipe.run_account import Run, conclusion, introduction, manifest_facts, receipt
 from recipe.run_data import Data, load_data, share_openings
 from recipe.run_memory import forecasts_told, what_takes_less
@@ -30,9 +31,11 @@ from recipe.sharing.probes import Probe, encode_probes, make_probes, next_token_
 from recipe.training.arguments import autocast_dtype, training_arguments
 from recipe.training.build import build_trainer
 from recipe.training.checkpoints import Checkpoint
+from recipe.training.collective import of_first
 from recipe.training.disk import check_space
+from recipe.training.engine import CheckEngine, Engine, asked_engine
 from recipe.training.faults import faults_told
-from recipe.training.flow import FreshFolder, Rehearse
+from recipe.training.flow import FreshFolder, OnTrainBegin, Rehearse
 from recipe.training.head import OutputHead
 from recipe.training.loss import TokenLoss
 from recipe.training.machine import check_machine
@@ -66,6 +69,7 @@ class _Prepared:
     log: RunLog
     stop: StopOnSignal
     base_sha256: str
+    engine: Engine
     initial: tempfile.TemporaryDirectory[str] | None
 
 
@@ -113,7 +117,8 @@ def finetune(
             _describe(run, folder)
         # PiSSA and OLoRA took their start out of the base; only with it is the base whole.
         base_says = _says(run) if prepared.initial else None
-        before = _begin(settings, prepared, resumed, changed, say)
+        trainer.add_callback(CheckEngine(trainer, prepared.engine))
+        _begin(settings, prepared, resumed, changed, say)
         if rehearse:
             fresh = FreshFolder(folder, made=made) if resumed is None and main_process else None
             trainer.add_callback(Rehearse(partial(rehearse, trainer, prepared.data, say), fresh))
@@ -122,8 +127,9 @@ def finetune(
             after = _held_out_perplexity(trainer)
             if main_process:
                 told = forecasts_told(run, memory, pace, folder)
-                _keep(prepared, run, folder, base_says)
+            _keep(prepared, run, folder, base_says)
     seconds = time.perf_counter() - started
+    before = log.first_perplexity
     ended = conclusion(run, log, folder, before=before, after=after, seconds=seconds, memory=told)
     say("\n".join(ended))
     prepared.stop.stop_if_received(f"The run is finished, and {folder / 'adapter'} is saved.")
@@ -151,7 +157,7 @@ def check(settings: Settings) -> None:
         say(f"resume    from {resumed.folder}, which is whole")
     else:
         prepared.log.file = Path(os.devnull)
-        before = _held_out_perplexity(trainer)
+        before = None if prepared.engine.shards else _held_out_perplexity(trainer)
         if before is not None:
             say(f"held out  perplexity {before:.2f} before training")
     seconds = time.perf_counter() - started
@@ -162,11 +168,12 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
     check_machine(settings)
     if not settings.training.get("resume_from_checkpoint"):
         check_output_dir(settings)
+    engine = asked_engine()
     arguments = training_arguments(settings)
     data = load_data(settings)
     set_seed(arguments.seed)  # before the adapter is drawn, not when the Trainer starts
     base = load_base(settings.model)
-    base_sha256 = weights_sha256(base)  # before PiSSA or OLoRA change it
+    base_sha256 = of_first(weights_sha256, base)  # before PiSSA or OLoRA change it
     commit = loaded_commit(settings.model)
     model = add_lora(
         base,
@@ -188,10 +195,11 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
         loss=loss,
         head=head,
         share_openings=share_openings(settings),
+        engine=engine,
     )
     if not settings.training.get("resume_from_checkpoint"):
         check_space(arguments, model, planned_folder(settings), rows=len(data.train.rows))
-    return _Prepared(arguments, data, trainer, log, stop, base_sha256, initial)
+    return _Prepared(arguments, data, trainer, log, stop, base_sha256, engine, initial)
 
 
 def _speaker(*, main_process: bool) -> Callable[[str], None]:
@@ -220,6 +228,7 @@ def _beginning(settings: Settings, prepared: _Prepared) -> Beginning:
         prepared.base_sha256,
         share_openings(settings),
         prepared.arguments.world_size,
+        prepared.engine.name,
     )
 
 
@@ -229,22 +238,28 @@ def _begin(
     resumed: Checkpoint | None,
     changed: Sequence[str],
     say: Callable[[str], None],
-) -> float | None:
-    """Say where the run begins; return the held-out perplexity before step 1."""
+) -> None:
+    """Say where the run begins, and the held-out perplexity before step 1."""
     trainer, log = prepared.trainer, prepared.log
     if resumed is None:
-        before = _held_out_perplexity(trainer)
-        if before is not None:
-            say(f"held out  perplexity {before:.2f} before training")
-        return before
+        if prepared.engine.shards:  # only training puts the model where it computes
+            trainer.add_callback(OnTrainBegin(partial(_evaluate_first, trainer, say)))
+        else:
+            _evaluate_first(trainer, say)
+        return
     if changed:
         change(trainer, settings, _beginning(settings, prepared), resumed, changed)
     if trainer.args.process_index == 0:
         tidy(resumed, say)
-    before = take_up(trainer, log, resumed, say)
+    take_up(trainer, log, resumed, say)
     for line in changed:
         say(f"changed   {line}")
-    return before
+
+
+def _evaluate_first(trainer: TokenWeightedTrainer, say: Callable[[str], None]) -> None:
+    before = _held_out_perplexity(trainer)
+    if before is not None:
+        say(f"held out  perplexity {before:.2f} before training")
 
 
 def _describe(run: Run, folder: Path) -> None:
@@ -253,12 +268,19 @@ def _describe(run: Run, folder: Path) -> None:
 
 
 def _keep(prepared: _Prepared, run: Run, folder: Path, base_says: torch.Tensor | None) -> None:
-    """Save the adapter with what proves it, and draw the losses."""
+    """Save the adapter with what proves it, and draw the losses. With sharded weights every process
+    takes part in what the model answers.
+    """
+    main_process = prepared.arguments.process_index == 0
+    if not (main_process or prepared.engine.shards_weights):
+        return
     _note_unchanged(prepared.trainer, prepared.log)
     start = Path(prepared.initial.name) if prepared.initial else None
-    proof = receipt(run, folder, _probes(run, base_says))
-    save_adapter(run.model, folder / "adapter", proof, initial=start)
-    _plot(run, folder)
+    probes, state = _probes(run, base_says), whole_adapter(run.model)
+    if main_process:
+        proof = receipt(run, folder, probes)
+        save_adapter(run.model, folder / "adapter", proof, initial=start, state=state)
+        _plot(run, folder)
 
 
 def _plot(run: Run, folder: Path) -> None:

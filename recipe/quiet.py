@@ -14,6 +14,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", r".*checkpointing.* is deprecated", FutureWarning)
     # peft warns that PiSSA and OLoRA change the base; save_portable is what it asks for.
     warnings.filterwarnings("ignore", r"(PiSSA|OLoRA) changes the base weights", UserWarning)
+    # DeepSpeed, which accelerate imports where it is installed, says that it finds no GPU, and
+    # without this reports it found on each step.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # The head hands on what it is given, and nothing is done in place with it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+    # DeepSpeed's and FSDP2's use of names that torch is about to change.
+    warnings.filterwarnings("ignore", r".*(gather|scatter).* is deprecated", FutureWarning)
     # When it tries again it prints the address, which for uploads carries a signature that lets
     # anybody write there.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

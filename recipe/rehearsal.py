@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from recipe.memory.probe import in_words, peak_memory
 from recipe.memory.watch import MemoryWatch
+from recipe.model.shards import saved_state, whole_adapter
 from recipe.run_data import Data
 from recipe.sealed import damage, seal
 from recipe.settings import RunFailed
@@ -92,6 +93,7 @@ def _undone(trainer: TokenWeightedTrainer) -> Iterator[None]:
 
 def _save_and_reopen(trainer: TokenWeightedTrainer) -> None:
     folder = Path(trainer.args.output_dir) / ".rehearsal.partial"
+    trained = saved_state(trainer.model, whole_adapter(trainer.model))
     if trainer.args.process_index:
         trainer.write_states(folder)
         return
@@ -99,7 +101,7 @@ def _save_and_reopen(trainer: TokenWeightedTrainer) -> None:
     try:
         trainer.write_states(folder)
         seal(folder)
-        problems = damage(folder) + unlike(trainer.model, folder)
+        problems = damage(folder) + unlike(trained, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if problems:

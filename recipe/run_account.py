@@ -20,6 +20,7 @@ from recipe.model.quantization import bytes_by_kind
 from recipe.run_data import Data, left_out, share_openings, summary
 from recipe.settings import Settings, plain
 from recipe.sharing.probes import Probe
+from recipe.training.engine import asked_engine
 from recipe.training.machine import device_name, idle_threads
 from recipe.training.run_log import RunLog
 
@@ -64,7 +65,6 @@ def introduction(run: Run, folder: Path | None) -> list[str]:
         *left_out(data),
         f"step      {batch * accumulation * processes} rows = {batch} × {accumulation} accumulated "
         f"× {processes} process{'es' if processes > 1 else ''}",
-        *_repeated_rows(run),
     ]
 
 
@@ -118,6 +118,7 @@ def manifest_facts(run: Run) -> dict[str, Any]:
     data = run.data
     return {
         "device": device_name(run.arguments),
+        "engine": asked_engine().name,
         "base": run.settings.model.name_or_path,
         "base_sha256": run.base_sha256,
         "dtypes": run.dtypes,
@@ -181,17 +182,6 @@ def _shared(shared: int, computed: int) -> list[str]:
         f"          {shared:,} of {tokens:,} tokens ({shared / tokens:.0%}) not computed: rows of "
         "a micro-batch begin alike"
     ]
-
-
-def _repeated_rows(run: Run) -> list[str]:
-    """accelerate deals every process as many batches, and repeats rows where they do not suffice;
-    the mean of that one step is then not quite that of a single process.
-    """
-    dealt = run.arguments.per_device_train_batch_size * run.arguments.world_size
-    missing = -len(run.data.train.rows) % dealt
-    if run.arguments.world_size == 1 or not missing:
-        return []
-    return [f"          {missing} rows are repeated at the end of each epoch to fill all processes"]
 
 
 def _adapter_sha256(model: PeftModel) -> str:

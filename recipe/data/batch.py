@@ -27,6 +27,9 @@ def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Ba
     next token is trained: K positions. The row borders carry the names that transformers gives them
     for variable-length attention.
 
+    No rows at all, as where processes outnumber the micro-batches that are left, become one token
+    that trains nothing: every process must take part in every step.
+
     Args:
         share_openings: lay the ids that rows begin with in common once, where that pays; see
             ``recipe.data.openings``. The rows are then sorted, and only an attention that reads
@@ -48,6 +51,8 @@ def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Ba
         ``labels`` alone it would drop the first of each micro-batch, and the mean over the
         accumulated batch would silently be wrong.
     """
+    if not rows:
+        return _nothing()
     opened = shared_openings(rows) if share_openings else None
     laid = opened or [Opened(row, 0) for row in rows]
     lengths = np.array([len(one.row) - one.opening for one in laid])
@@ -75,6 +80,25 @@ def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Ba
         "openings": [one.opening for one in laid],
         "row_indices": [one.row.index for one in laid],
         "logits_to_keep": torch.from_numpy(kept),
+        "labels": labels,
+        "shift_labels": labels,
+    }
+
+
+def _nothing() -> Batch:
+    borders = torch.tensor([0, 1], dtype=torch.int32)
+    labels = torch.full((KEPT_MULTIPLE,), IGNORED)
+    return {
+        "input_ids": torch.zeros(1, 1, dtype=torch.int64),
+        "position_ids": torch.zeros(1, 1, dtype=torch.int64),
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": 1,
+        "max_length_k": 1,
+        "row_lengths": [1],
+        "openings": [0],
+        "row_indices": [],
+        "logits_to_keep": torch.zeros(KEPT_MULTIPLE, dtype=torch.int64),
         "labels": labels,
         "shift_labels": labels,
     }

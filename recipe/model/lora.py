@@ -127,10 +127,17 @@ def check_closed_form(model: PeftModel) -> None:
         raise AssertionError(f"{made} LoRA parameters, but r·(in + out) gives {closed_form(model)}")
 
 
-def save_portable(model: PeftModel, folder: Path, initial: Path | None) -> None:
+def save_portable(
+    model: PeftModel,
+    folder: Path,
+    initial: Path | None,
+    *,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write the adapter as plain PEFT files that work on the unchanged base.
 
     Args:
+        state: ``whole_adapter`` of a model whose weights are sharded.
         initial: what ``save_initial`` wrote; PiSSA and OLoRA trained on a changed base, so their
             start is subtracted and the adapter becomes a plain LoRA of twice the rank.
     """
@@ -138,6 +145,7 @@ def save_portable(model: PeftModel, folder: Path, initial: Path | None) -> None:
         str(folder),
         safe_serialization=True,
         path_initial_model_for_weight_conversion=str(initial) if initial else None,
+        **({"state_dict": state} if state else {}),
     )
 
 

@@ -1,14 +1,16 @@
 """An adapter is saved whole, reopened and checked before a run says that it succeeded."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel
 
 from recipe.model.fingerprint import tensors_sha256
 from recipe.model.lora import save_portable
+from recipe.model.shards import saved_state
 from recipe.sealed import whole_folder
 from recipe.settings import RunFailed, UserError
 from recipe.sharing.receipt import RECEIPT, lora_fields
@@ -16,11 +18,17 @@ from recipe.sharing.tensors import WEIGHTS, not_finite, read_tensors, without_ef
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, receipt: dict[str, Any], *, initial: Path | None
+    model: PeftModel,
+    folder: Path,
+    receipt: dict[str, Any],
+    *,
+    initial: Path | None,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the PEFT files and ``recipe.json``; the folder appears only if they reopen well.
 
     Args:
+        state: see ``recipe.model.lora.save_portable``.
         receipt: the fields of ``recipe.sharing.receipt.Receipt``; what is of the saved
             files in ``proof`` is filled in here.
         initial: see ``recipe.model.lora.save_portable``.
@@ -29,9 +37,10 @@ def save_adapter(
         RunFailed: the files differ from the model, or hold an adapter that does nothing.
     """
     with whole_folder(folder) as staged:
-        save_portable(model, staged, initial)
+        save_portable(model, staged, initial, state=state)
         write_receipt(staged, receipt)
-        problems = broken(model, staged, converted=initial is not None)
+        trained = saved_state(model, state)
+        problems = broken(trained, staged, converted=initial is not None)
         if problems:
             raise RunFailed("the saved adapter is not usable:\n" + "\n".join(problems))
 
@@ -43,13 +52,15 @@ def write_receipt(folder: Path, receipt: dict[str, Any]) -> None:
     (folder / RECEIPT).write_text(json.dumps({**receipt, "proof": proof}, indent=1) + "\n")
 
 
-def broken(model: PeftModel, folder: Path, *, converted: bool) -> list[str]:
-    """Say what is wrong with the adapter in ``folder``, which should be ``model``'s.
+def broken(
+    trained: Mapping[str, torch.Tensor], folder: Path, *, converted: bool = False
+) -> list[str]:
+    """Say what is wrong with the adapter in ``folder``, which should be ``trained``.
 
     Args:
         converted: PiSSA and OLoRA are saved with twice the rank, so values are not compared.
     """
-    problems = unlike(model, folder, converted=converted)
+    problems = unlike(trained, folder, converted=converted)
     for line in without_effect(read_tensors(folder)):
         problems.append(
             f"{line}. Was the learning rate 0 in every step, as in a run shorter than "
@@ -58,11 +69,14 @@ def broken(model: PeftModel, folder: Path, *, converted: bool) -> list[str]:
     return sorted(problems)
 
 
-def unlike(model: PeftModel, folder: Path, *, converted: bool = False) -> list[str]:
-    """Say how the files in ``folder`` differ from ``model``'s adapter, or are not finite."""
+def unlike(
+    expected: Mapping[str, torch.Tensor], folder: Path, *, converted: bool = False
+) -> list[str]:
+    """Say how the files in ``folder`` differ from an adapter's ``saved_state``, or are not
+    finite.
+    """
     PeftConfig.from_pretrained(str(folder))
     saved = read_tensors(folder)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     problems = [f"{name}: missing" for name in expected.keys() - saved.keys()]
     problems += [f"{name}: not part of the model" for name in saved.keys() - expected.keys()]
     problems += not_finite(saved)

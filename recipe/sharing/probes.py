@@ -77,16 +77,29 @@ def next_token_logits(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor
     Returns:
         float32 (rows, vocabulary) on the CPU.
     """
-    # Below PeftModel, whose forward a Trainer wraps in autocast; generation knows none.
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.no_grad(), as_generation_sees(plain):
+    with torch.no_grad(), as_generation_sees(plain), _without_autocast(model):
         logits = [
-            plain(
+            model(
                 torch.tensor([list(row)], device=plain.device), use_cache=False, logits_to_keep=1
             ).logits[0, -1]
             for row in rows
         ]
     return torch.stack(logits).float().cpu()
+
+
+@contextmanager
+def _without_autocast(model: Any) -> Iterator[None]:
+    """A Trainer wraps the model's forward in it; generation knows none.
+
+    The model below would be without it, but FSDP2 wants to be called at the top.
+    """
+    wrapped = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 @contextmanager

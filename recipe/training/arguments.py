@@ -56,6 +56,8 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     asked.setdefault("report_to", "none")
     # Pinned memory speeds the copy to a GPU; without one the library warns at every run.
     asked.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
+    # All of an adapter is used in each pass; looking for what is not costs time, and torch warns.
+    asked.setdefault("ddp_find_unused_parameters", False)
     # The run's folder is made, and set here, once nothing can be refused any more.
     asked.pop("output_dir", None)
     try:

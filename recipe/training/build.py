@@ -9,11 +9,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
 from recipe.settings import UserError
+from recipe.training.engine import SINGLE, Engine
 from recipe.training.finite import FiniteSteps
 from recipe.training.flow import FrozenInputs, SaveBehindEvaluation
 from recipe.training.head import OutputHead
 from recipe.training.loss import TokenLoss
 from recipe.training.run_log import RunLog
+from recipe.training.sharded_trainer import ShardedTrainer
 from recipe.training.trainer import TokenWeightedTrainer
 
 
@@ -27,6 +29,7 @@ def build_trainer(
     loss: TokenLoss,
     head: OutputHead,
     share_openings: bool,
+    engine: Engine = SINGLE,
 ) -> TokenWeightedTrainer:
     """The Trainer over flattened batches; the model is moved to the device here.
 
@@ -34,21 +37,22 @@ def build_trainer(
         callbacks: a ``RunLog`` among them, which says what ``FiniteSteps`` finds.
         loss: of what ``head`` makes of the model's output.
         share_openings: as ``flatten`` has it, for training and evaluation.
+        engine: that the launcher asks for.
 
     Raises:
         UserError: no full batch where one is asked for, or the library refuses an optimizer, a
             schedule or a reporter.
     """
-    batch = arguments.per_device_train_batch_size * arguments.world_size
+    batch = arguments.per_device_train_batch_size
     if arguments.dataloader_drop_last and len(train) < batch:
         raise UserError.single(
             "training.dataloader_drop_last",
             f"{len(train)} rows do not fill one batch of {batch}. Leave it out.",
         )
     log = next(callback for callback in callbacks if isinstance(callback, RunLog))
-    finite = FiniteSteps(model, loss, log)
+    finite = FiniteSteps(model, loss, log, engine=engine)
     try:
-        trainer = TokenWeightedTrainer(
+        trainer = (ShardedTrainer if engine.shards else TokenWeightedTrainer)(
             finite=finite,
             log=log,
             head=head,

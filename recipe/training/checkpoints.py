@@ -21,10 +21,10 @@ from recipe.settings import Problem, UserError
 LOG_STATE = "run_log.json"
 _WHERE = "training.resume_from_checkpoint"
 _TRAINER_STATE = "trainer_state.json"
-_ADAPTER = "adapter_model.safetensors"
-_NEEDED = (_ADAPTER, "adapter_config.json", "optimizer.pt", "scheduler.pt", LOG_STATE)
+ADAPTER = "adapter_model.safetensors"
+_NEEDED = (ADAPTER, "adapter_config.json", "scheduler.pt", LOG_STATE)
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
-_PICKLES = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")
+_PICKLES = re.compile(r"(optimizer(_\d+)?|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")
 _STATES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".safetensors"}
 # Written by the Trainer, read by nothing: it is a pickle that torch would have to run.
 _NEVER_READ = "training_args.bin"
@@ -107,13 +107,14 @@ def _newest_whole(run: Path, *, best_needed: bool) -> Path | None:
 def _strange(folder: Path, *, best_needed: bool) -> list[str]:
     """What the Trainer would take up from ``folder`` that no run of this recipe puts there."""
     problems = [f"{folder / name}: missing" for name in _NEEDED if not (folder / name).is_file()]
-    if not any(folder.glob("rng_state*.pth")):
-        problems.append(f"{folder}/rng_state.pth: missing")
+    for pattern, shown in (("optimizer*.pt", "optimizer.pt"), ("rng_state*.pth", "rng_state.pth")):
+        if not any(folder.glob(pattern)):
+            problems.append(f"{folder / shown}: missing")
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if _PICKLES.fullmatch(name):
             problems += _unsafe(file)
-        elif file.suffix in _STATES and name not in (_ADAPTER, _NEVER_READ):
+        elif file.suffix in _STATES and name not in (ADAPTER, _NEVER_READ):
             problems.append(f"{file}: no file of a checkpoint that this recipe writes")
     return problems + _unlike_a_state(folder, best_needed=best_needed)
 

@@ -47,8 +47,9 @@ def planned_steps(arguments: TrainingArguments, rows: int) -> int:
     """Optimizer steps of the whole run, as the Trainer counts them."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    dealt = arguments.per_device_train_batch_size * arguments.world_size
-    batches = rows // dealt if arguments.dataloader_drop_last else math.ceil(rows / dealt)
+    size = arguments.per_device_train_batch_size
+    dealt = rows // size if arguments.dataloader_drop_last else math.ceil(rows / size)
+    batches = math.ceil(dealt / arguments.world_size)
     an_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     steps: int = math.ceil(arguments.num_train_epochs * an_epoch)
     return steps

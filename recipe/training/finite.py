@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from recipe.model.shards import is_sharded, local
+from recipe.training.engine import SINGLE, Engine
 from recipe.training.loss import TokenLoss, distributed
 from recipe.training.run_log import RunLog, gradient_scale, remedy
 
@@ -32,12 +34,16 @@ class FiniteSteps(TrainerCallback):
             overflowed, as long as its scale had a part in it.
     """
 
-    def __init__(self, model: PeftModel, loss: TokenLoss, log: RunLog) -> None:
+    def __init__(
+        self, model: PeftModel, loss: TokenLoss, log: RunLog, *, engine: Engine = SINGLE
+    ) -> None:
         self.micro_batches: list[list[int]] = []
         self.grad_norm = torch.tensor(math.nan)
         self._model = model
         self._loss = loss
         self._log = log
+        # DeepSpeed steps at the end of its backward pass.
+        self._not_done = "is not saved" if engine.deepspeed else "is not taken"
         self._trainable: dict[str, torch.nn.Parameter] = {}
         self._guessing = math.inf  # the loss of guessing every token alike
         self._overflowed_at: float | None = None  # the fp16 scaler's scale
@@ -123,7 +129,7 @@ class FiniteSteps(TrainerCallback):
         )
         self._log.stop(
             f"the loss of {in_words(rows)} is {value} at step {state.global_step + 1}, so that "
-            f"step is not taken. {self._remedy(state.global_step)}"
+            f"step {self._not_done}. {self._remedy(state.global_step)}"
         )
 
     def _stop_unless_scaled(self, state: TrainerState, norm: float, scale: float | None) -> None:
@@ -134,7 +140,7 @@ class FiniteSteps(TrainerCallback):
         unscaled = "" if scale is None else f", and the fp16 scaler's scale is down to {scale}"
         self._log.stop(
             f"the gradient norm is {norm} at step {state.global_step + 1} ({in_words(rows)}) "
-            f"though every loss is finite{unscaled}, so that step is not taken. "
+            f"though every loss is finite{unscaled}, so that step {self._not_done}. "
             f"{self._remedy(state.global_step)}"
         )
 
@@ -156,7 +162,12 @@ class FiniteSteps(TrainerCallback):
 
     @torch.no_grad()
     def _adapter_norm(self) -> float:
-        return float(get_total_norm(list(self._trainable.values())))
+        norm = get_total_norm([local(p) for p in self._trainable.values()])
+        if any(map(is_sharded, self._trainable.values())):
+            squared = norm.double().square()
+            dist.all_reduce(squared)
+            norm = squared.sqrt()
+        return float(norm)
 
     def _note_loss(self, args: TrainingArguments, state: TrainerState, mean_loss: float) -> None:
         first = self._log.first.setdefault("loss", mean_loss)
@@ -192,7 +203,12 @@ def _lower(args: TrainingArguments) -> str:
 
 def _broken(parameters: Mapping[str, torch.Tensor]) -> str:
     """The first parameter that holds NaN or infinity, and how many more; empty without one."""
-    names = [name for name, p in parameters.items() if not p.isfinite().all()]
+    broken = torch.stack([local(p).isfinite().all().logical_not() for p in parameters.values()])
+    if any(map(is_sharded, parameters.values())):  # another process may hold what is broken
+        count = broken.int()
+        dist.all_reduce(count)
+        broken = count.bool()
+    names = [name for name, one in zip(parameters, broken.tolist(), strict=True) if one]
     if not names:
         return ""
     first = names[0].removeprefix("base_model.model.").replace(".base_layer", "")

@@ -110,6 +110,18 @@ class OnFirstSave(TrainerCallback):
         self.on_save(args, state, control)
 
 
+class OnTrainBegin(TrainerCallback):
+    """Does something once model, optimizer and rows are as the first step finds them."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._act()
+
+
 class Rehearse(TrainerCallback):
     """Once model, optimizer and rows are as the first step finds them. The folder of a fresh run
     that cannot be is taken away.

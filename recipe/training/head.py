@@ -1,7 +1,7 @@
 """The projection onto the vocabulary, in chunks: neither the logits of a whole micro-batch nor
 their gradient ever exist.
 
-While the model runs, a frozen head is replaced by an identity, so that ``outputs.logits`` are the
+While the model runs, a frozen head hands on what it is given, so that ``outputs.logits`` are the
 hidden states at the kept positions. The loss then projects a chunk of them, and takes that chunk's
 gradient at once: with frozen weights all that a backward pass needs of the head is the gradient of
 the hidden states, as in Liger (arXiv 2410.10989, section 3.2).
@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from recipe.data.batch import IGNORED, KEPT_MULTIPLE
+from recipe.model.shards import whole
 from recipe.training.loss import token_nll
 
 # Logits of one chunk, which are held twice. Fewer would starve the matrix
@@ -64,15 +65,18 @@ class OutputHead:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Let the model give hidden states in place of logits. What is saved never misses it."""
+        """Let the model give hidden states in place of logits.
+
+        The head stays where it is, as engines that shard it count on its being called.
+        """
         if self._frozen is None:
             yield
             return
-        self._model.set_output_embeddings(nn.Identity())
+        self._frozen.forward = _as_it_is
         try:
             yield
         finally:
-            self._model.set_output_embeddings(self._frozen)
+            del self._frozen.forward
 
     def nll(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """``token_nll`` of what the model gave under ``apart``.
@@ -86,19 +90,25 @@ class OutputHead:
         """
         if self._frozen is None:
             return token_nll(output, labels)
-        weight, bias = self._frozen.weight, self._frozen.bias
-        dtype = self._dtype or weight.dtype
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if self._scale is None:  # once: it waits for the device
-            self._scale = _scale(weight)
-        nll: torch.Tensor = _ChunkedNLL.apply(  # type: ignore[no-untyped-call]
-            output, weight, bias, labels, self._scale, self._chunk_rows(len(weight))
-        )
+        # The backward pass needs neither.
+        with whole((self._frozen.weight, self._frozen.bias)) as (weight, bias):
+            assert weight is not None
+            dtype = self._dtype or weight.dtype
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            if self._scale is None:  # once: it waits for the device
+                self._scale = _scale(weight)
+            nll: torch.Tensor = _ChunkedNLL.apply(  # type: ignore[no-untyped-call]
+                output, weight, bias, labels, self._scale, self._chunk_rows(len(weight))
+            )
         return nll
 
     def _chunk_rows(self, vocabulary: int) -> int:
         at_once = _LOGITS_AT_ONCE.get(self._device, _LOGITS_AT_ONCE["cuda"])
         return max(at_once // vocabulary // KEPT_MULTIPLE, 1) * KEPT_MULTIPLE
+
+
+def _as_it_is(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
 
 
 def _applies_alone(head: nn.Module) -> bool:

@@ -9,6 +9,10 @@ from transformers import TrainingArguments
 
 from recipe.settings import Problem, Settings, StudySettings, UserError
 from recipe.training.arguments import world_size
+from recipe.training.engine import asked_engine
+from recipe.training.engine_limits import limits
+
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and mpirun
 
 
 def check_machine(settings: Settings) -> None:
@@ -25,11 +29,12 @@ def check_machine(settings: Settings) -> None:
         _paging_needs_a_gpu,
         _dora_on_8bit_needs_a_gpu,
         _launcher_keeps_precision_out,
-        _launcher_shards_nothing,
+        _launcher_compiles_nothing,
         _processes_are_what_was_started,
         _one_process_one_gpu,
     ]
     problems = [problem for check in checks if (problem := check(settings))]
+    problems += limits(settings, asked_engine(), on_cpu=_on_cpu(settings))
     if problems:
         raise UserError(problems)
 
@@ -153,21 +158,21 @@ def _launcher_keeps_precision_out(settings: Settings) -> Problem | None:
     )
 
 
-def _launcher_shards_nothing(settings: Settings) -> Problem | None:
-    sharding = [
+def _launcher_compiles_nothing(settings: Settings) -> Problem | None:
+    asked = [
         name
-        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+        for name in ("MEGATRON_LM", "PARALLELISM_CONFIG")
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() not in ("", "0", "false")
     ]
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if dynamo != "no":
-        sharding.append(f"dynamo ({dynamo})")
-    if not sharding:
+        asked.append(f"dynamo ({dynamo})")
+    if not asked:
         return None
     return Problem(
         "accelerate launch",
-        f"asks for {', '.join(sharding)}, which this version does not do. Start without it, "
-        "such as with --config_file launch/single_gpu.yaml.",
+        f"asks for {', '.join(asked)}, which this version does not do. Start with a file in "
+        "launch/ as it is; launch/README.md says which one when.",
     )
 
 
@@ -177,9 +182,12 @@ def _processes_are_what_was_started(settings: Settings) -> Problem | None:
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         return Problem(
             "accelerate launch",
-            "several processes were asked for, but only this one was started. Add --multi_gpu, or "
-            "use torchrun --nproc_per_node N.",
+            "several processes were asked for, but only this one was started. Start with "
+            "--config_file launch/ddp.yaml, or add --multi_gpu, or use torchrun --nproc_per_node N.",
         )
+    alone = _started_alone()
+    if alone:
+        return Problem("accelerate launch", alone)
     if world_size() > 1 and _on_cpu(settings) and not settings.training.get("use_cpu"):
         return Problem(
             "training.use_cpu",
@@ -189,8 +197,33 @@ def _processes_are_what_was_started(settings: Settings) -> Problem | None:
     return None
 
 
+def _started_alone() -> str | None:
+    """Whether a cluster's launcher started several, of which none knows of the others."""
+    own, here = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    tasks = max(int(os.environ.get(name) or 1) for name in _TASKS)
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES") or 1)
+    if own == 1 and tasks > 1:
+        return (
+            f"{tasks} tasks were started, and each would train alone. Start one task a node and "
+            "torchrun in it, as launch/slurm.sh does."
+        )
+    if nodes > 1 and own == here:
+        return (
+            f"{nodes} nodes were given, and each would train alone with its {own} processes. Give "
+            "all the same rendezvous, as launch/slurm.sh does."
+        )
+    return None
+
+
 def _one_process_one_gpu(settings: Settings) -> Problem | None:
     gpus = 0 if _on_cpu(settings) else torch.cuda.device_count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if gpus and here > gpus:
+        return Problem(
+            "accelerate launch",
+            f"{here} processes on this machine, which has {gpus} GPU{'s'[: gpus > 1]}. Add "
+            f"--num_processes {gpus}.",
+        )
     if world_size() > 1 or gpus <= 1:
         return None
     return Problem(

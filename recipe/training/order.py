@@ -5,10 +5,56 @@ from itertools import chain, islice
 from typing import Any
 
 from torch import nn
+from torch.utils.data import BatchSampler
 from transformers import Trainer, TrainingArguments
 
 from recipe.data.tokens import TokenizedRow
 from recipe.training.disk import planned_steps
+
+
+class _EvenShare(BatchSampler):
+    """Of the micro-batches of a single process every Nth, and empty ones where they do not suffice.
+
+    accelerate's own deal repeats rows instead, so that the mean over the last step of an epoch, and
+    with it the adapter, would depend on how many processes there are.
+    """
+
+    def __init__(self, batch_sampler: BatchSampler, *, processes: int, process: int) -> None:
+        # By these names accelerate sets the sampler's epoch; in its own deal it finds none where a
+        # resumed epoch begins with batches to skip, and deals the first epoch's order again.
+        self.batch_sampler = batch_sampler
+        self.sampler = batch_sampler.sampler
+        self.batch_size = batch_sampler.batch_size
+        self.drop_last = batch_sampler.drop_last
+        self._processes, self._process = processes, process
+
+    def __len__(self) -> int:
+        return -(-len(self.batch_sampler) // self._processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = iter(self.batch_sampler)
+        while dealt := list(islice(batches, self._processes)):
+            yield list(dealt[self._process]) if self._process < len(dealt) else []
+
+
+def deal_evenly(loader: Any) -> None:
+    """Make accelerate's loader of several processes hand out ``_EvenShare``."""
+    own = getattr(loader, "base_dataloader", loader)  # with workers accelerate's is a shell
+    dealt = own.batch_sampler
+    even = _EvenShare(
+        dealt.batch_sampler, processes=dealt.num_processes, process=dealt.process_index
+    )
+    # A DataLoader lets no one exchange it.
+    object.__setattr__(own, "batch_sampler", even)
+
+
+def evaluated_batches(rows: int, size: int, *, processes: int, process: int) -> list[list[int]]:
+    """The places of the rows that a process evaluates, ``size`` at a time; every process gets as
+    many batches, empty ones at the end.
+    """
+    own = range(process, rows, processes)
+    most = -(-(-(-rows // processes)) // size)
+    return [list(own[start : start + size]) for start in range(0, most * size, size)]
 
 
 def steps_of(loader: Any, *, steps: int, accumulation: int) -> Iterator[list[list[int]]]:

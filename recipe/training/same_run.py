@@ -50,6 +50,7 @@ class Beginning:
     base_sha256: str
     share_openings: bool | None
     processes: int
+    engine: str
 
 
 def check_same_run(
@@ -147,6 +148,11 @@ def _said(run: Path, began: Beginning, now: Beginning) -> dict[str, Problem]:
             f"{now.processes} processes, but {run} began with {began.processes}, and each has its "
             "own random state. Start as many.",
         ),
+        "engine": Problem(
+            "accelerate launch",
+            f"asks for {now.engine}, but {run} began with {began.engine}, and its checkpoints hold "
+            "that engine's parts. Start with the launch file that it began with.",
+        ),
     }
 
 
@@ -160,6 +166,7 @@ def _began(run: Path) -> tuple[dict[str, Any], Beginning]:
             manifest["base_sha256"],
             manifest["data"].get("share_openings"),
             manifest["processes"],
+            manifest.get("engine", _before_engines(manifest["processes"])),
         )
     except (OSError, ValueError, RecursionError, yaml.YAMLError, *OF_ANOTHER_SHAPE) as error:
         raise UserError.single(
@@ -167,6 +174,11 @@ def _began(run: Path) -> tuple[dict[str, Any], Beginning]:
             f"settings.yaml and manifest.json of {run} do not say how it began "
             f"({type(error).__name__}). Bring them back, or start anew.",
         ) from error
+
+
+def _before_engines(processes: int) -> str:
+    """Of a run that a version started which had no other."""
+    return "ddp" if processes > 1 else "single"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the step is finished and saved, and the run ends where it can go on.
+"""SIGTERM, SIGUSR1 and Ctrl-C: the step is finished and saved, and the run ends where it can go on.
 
 transformers' own (``enable_jit_checkpoint``) saves inside a step and exits with 0, as if the run
 had come to its end.
@@ -56,6 +56,8 @@ class StopOnSignal(TrainerCallback):
             for number in (signal.SIGTERM, signal.SIGINT)
             if signal.getsignal(number) is not signal.SIG_IGN
         ]
+        # SLURM's warning before the time is up; what starts this process may ignore it.
+        heard.append(signal.SIGUSR1)
         before = {number: signal.signal(number, self._hear) for number in heard}
         try:
             yield
@@ -112,7 +114,7 @@ def quiet_worker(initialise: Callable[[int], None] | None, worker_id: int) -> No
     """``worker_init_fn`` of a data loader: signals to a whole group of processes are the trainer's
     affair. Without its workers it could not finish the step, nor an evaluation before it.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _unless_alone
     if initialise:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
@@ -32,7 +33,7 @@ from recipe.training.faults import how_to_continue, out_of_memory
 from recipe.training.finite import FiniteSteps, NotFinite, in_words
 from recipe.training.head import OutputHead
 from recipe.training.loss import count_trained, distributed, sum_over_processes
-from recipe.training.order import micro_batches
+from recipe.training.order import deal_evenly, evaluated_batches, micro_batches
 from recipe.training.run_log import RunLog
 from recipe.training.signals import kill_workers, quiet_worker
 
@@ -57,9 +58,10 @@ class TokenWeightedTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         self._finite.micro_batches.append(inputs.pop("row_indices"))
-        self._log.computed_tokens += sum(inputs["row_lengths"])
-        self._log.shared_tokens += sum(inputs["openings"])
         tokens = sum(inputs["row_lengths"])
+        if self._finite.micro_batches[-1]:  # else nothing was left for this process
+            self._log.computed_tokens += tokens
+        self._log.shared_tokens += sum(inputs["openings"])
         with self._memory_told(self._finite.micro_batches[-1], tokens):
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
@@ -94,9 +96,13 @@ class TokenWeightedTrainer(Trainer):
 
     def _get_grad_norm(self, *args: Any, **named: Any) -> torch.Tensor:
         # The one place that has the norm from before clipping, whatever max_grad_norm is.
-        norm: torch.Tensor = super()._get_grad_norm(*args, **named)
-        self._finite.grad_norm = norm
-        return norm
+        norm = super()._get_grad_norm(*args, **named)
+        if isinstance(norm, DTensor):  # of FSDP2
+            norm = norm.full_tensor()
+        self._finite.grad_norm = torch.as_tensor(
+            norm, device=self.args.device
+        )  # DeepSpeed's: float
+        return self._finite.grad_norm
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """The stock one writes in place, removes older ones first thing, and seals nothing."""
@@ -179,15 +185,22 @@ class TokenWeightedTrainer(Trainer):
         inputs = self._prepare_inputs(self.data_collator(rows))
         labels, indices = inputs.pop("labels"), inputs.pop("row_indices")
         tokens: int = sum(inputs["row_lengths"])
-        self.model_wrapped.train()
+        model = self._rehearsed()
+        model.train()
         with self._memory_told(indices, tokens), self._head.apart():
             with self.compute_loss_context_manager():
                 with forward or nullcontext():
-                    output = self.model_wrapped(**inputs).logits[0]
+                    output = model(**inputs).logits[0]
                 nll = self._head.nll(output, labels)
                 del output
-            torch.autograd.backward(nll.sum() / count_trained(labels))
+            self._backward(nll.sum() / count_trained(labels))
         return tokens
+
+    def _rehearsed(self) -> Any:
+        return self.model_wrapped
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        torch.autograd.backward(loss)
 
     def rehearse_evaluation(self) -> None:
         """The batch of held-out rows that has the most tokens."""
@@ -226,6 +239,8 @@ class TokenWeightedTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = super().get_train_dataloader()
+        if self.args.world_size > 1:
+            deal_evenly(loader)
         if self.args.dataloader_num_workers:
             own = getattr(loader, "base_dataloader", loader)  # accelerate's is a shell
             own.worker_init_fn = partial(quiet_worker, own.worker_init_fn)
@@ -235,10 +250,14 @@ class TokenWeightedTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        share = rows[self.args.process_index :: self.args.world_size]
         return DataLoader(
-            share,
-            batch_size=self.args.per_device_eval_batch_size,
+            rows,
+            batch_sampler=evaluated_batches(
+                len(rows),
+                self.args.per_device_eval_batch_size,
+                processes=self.args.world_size,
+                process=self.args.process_index,
+            ),
             collate_fn=self.data_collator,
             # Without one, each pass draws a seed from the global generator, and a run that
             # evaluates would drop out other weights than one resumed behind the evaluation.

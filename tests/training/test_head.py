@@ -101,15 +101,19 @@ def test_a_broken_head_gives_a_broken_loss_and_no_traceback(tiny_checkpoint, val
     assert not found.sum().isfinite()
 
 
-def test_the_head_is_in_place_whenever_nothing_runs(tiny_checkpoint):
+def test_the_head_projects_whenever_nothing_runs(tiny_checkpoint):
     model = peft_model(tiny_checkpoint)
     linear, head = model.get_base_model().lm_head, OutputHead(model)
+    hidden = torch.ones(1, linear.in_features)
+    called = []
+    linear.register_forward_hook(lambda *_: called.append(1))  # as an engine's that shards it
     with head.apart():
-        assert model.get_base_model().lm_head is not linear
-    assert model.get_base_model().lm_head is linear
+        assert linear(hidden) is hidden
     with pytest.raises(KeyError), head.apart():
         raise KeyError
-    assert model.get_base_model().lm_head is linear
+    torch.testing.assert_close(linear(hidden), hidden @ linear.weight.T)
+    assert len(called) == 2
+    assert "forward" not in vars(linear)
 
 
 @pytest.mark.parametrize(
