@@ -31,14 +31,16 @@ STARTER := models/smollm2-135m-instruct
 # Loading never asks a hub for what lies on this disk; nothing here sends usage statistics.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup train prove plan study compare convert demo infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
-        bench-starter bench-verdict bench-forecast bench-published bench-convert bench-decoding bench-adapter bench-exactness \
+.PHONY: help setup deepspeed train prove plan study compare convert demo infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
+        bench-starter bench-verdict bench-forecast bench-published bench-topologies bench-convert bench-decoding bench-adapter bench-exactness \
         bench bench-gpu bench-compile bench-start clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed $(STARTER)/sha256.json ## install pinned dependencies into .venv, convert the starter model
+
+deepspeed: .venv/.deepspeed ## install DeepSpeed, for launch/zero2.yaml and launch/zero3.yaml
 
 train: setup ## fine-tune: CONFIG=starter.yaml ARGS="training.num_train_epochs=1"
 	@.venv/bin/accelerate launch --quiet $(LAUNCH) recipe/train.py --config $(CONFIG) $(ARGS)
@@ -87,7 +89,7 @@ chat: setup ## talk with the newest adapter in this terminal; ADAPTER, STRATEGY 
 test: setup .venv/.dev ## the test suite (no network, no GPU)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(ARGS)
 
-test-slow: setup .venv/.browser ## the tests that take minutes
+test-slow: setup .venv/.browser .venv/.deepspeed ## the tests that take minutes
 	@$(PY) -m pytest -q -m "slow and not gpu" $(ARGS)
 
 test-gpu: setup .venv/.dev ## the tests that need a CUDA device
@@ -134,6 +136,9 @@ bench-forecast: setup .venv/.dev ## forecast and measured peak memory of 24 runs
 bench-published: setup .venv/.dev ## what others measured of Llama-2-7B beside what plan forecasts, no GPU needed
 	@$(PY) -m tests.benchmarks.published
 
+bench-topologies: setup .venv/.dev ## which launch file fits which Llama-2 into which card: forecasts, no GPU needed
+	@$(PY) -m tests.benchmarks.topologies
+
 bench-convert: setup .venv/.dev ## the starter written as Meta's files and converted: logits, answers, memory
 	@$(PY) -m tests.benchmarks.originals
 
@@ -175,6 +180,14 @@ clean: ## remove what setup made (.venv, models); runs/ stays
 .venv/.demo: .venv/.installed
 	@echo "Installing what the page needs into .venv..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[demo]'
+	@touch $@
+
+# Its setup looks at the torch that is installed; its kernels are compiled where they are used.
+.venv/.deepspeed: .venv/.installed
+	@echo "Installing DeepSpeed into .venv..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt setuptools
+	@DS_BUILD_OPS=0 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		-c .ci/constraints.txt -e '.[deepspeed]'
 	@touch $@
 
 # The projects that speed is compared with; nothing else needs them.

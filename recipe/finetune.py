@@ -7,7 +7,8 @@ compares runs needs the real one.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,13 +32,20 @@ from recipe.sharing.probes import Probe, encode_probes, make_probes, next_token_
 from recipe.training.arguments import autocast_dtype, training_arguments
 from recipe.training.build import build_trainer
 from recipe.training.checkpoints import Checkpoint
-from recipe.training.collective import of_first
+from recipe.training.collective import (
+    check_all_answer,
+    check_seen_by_all,
+    of_first,
+    own_log,
+    told_once,
+)
 from recipe.training.disk import check_space
-from recipe.training.engine import CheckEngine, Engine, asked_engine
+from recipe.training.engine import CheckEngine, Engine, asked_engine, load_engine, load_whole
 from recipe.training.faults import faults_told
 from recipe.training.flow import FreshFolder, OnTrainBegin, Rehearse
 from recipe.training.head import OutputHead
-from recipe.training.loss import TokenLoss
+from recipe.training.heartbeat import Heartbeat, loss_told
+from recipe.training.loss import TokenLoss, distributed
 from recipe.training.machine import check_machine
 from recipe.training.pace import Pace
 from recipe.training.plot import plot_loss
@@ -111,7 +119,10 @@ def finetune(
     trainer.what_takes_less = what_takes_less(run)
     main_process = arguments.process_index == 0
     say, told = _speaker(main_process=main_process), list[str]()
-    with alone(folder, needed=main_process), faults_told(folder):
+    check_seen_by_all(folder)
+    if distributed():
+        trainer.add_callback(Heartbeat(folder))
+    with alone(folder, needed=main_process), _told(folder):
         say("\n".join(introduction(run, folder)))
         if main_process and resumed is None:
             _describe(run, folder)
@@ -169,7 +180,10 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
     if not settings.training.get("resume_from_checkpoint"):
         check_output_dir(settings)
     engine = asked_engine()
+    load_engine(engine)
     arguments = training_arguments(settings)
+    check_all_answer(arguments.device)
+    load_whole(engine)
     data = load_data(settings)
     set_seed(arguments.seed)  # before the adapter is drawn, not when the Trainer starts
     base = load_base(settings.model)
@@ -200,6 +214,13 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
     if not settings.training.get("resume_from_checkpoint"):
         check_space(arguments, model, planned_folder(settings), rows=len(data.train.rows))
     return _Prepared(arguments, data, trainer, log, stop, base_sha256, engine, initial)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What ends a run from outside, in one line, and by one process."""
+    with told_once(), loss_told(folder), faults_told(folder), own_log(folder):
+        yield
 
 
 def _speaker(*, main_process: bool) -> Callable[[str], None]:

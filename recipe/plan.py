@@ -3,7 +3,7 @@
     python recipe/plan.py --config lora_alpaca.yaml
     python recipe/plan.py --config lora_alpaca.yaml --card "RTX 4090 24GB"
     python recipe/plan.py --config lora_alpaca.yaml --card 16 training.per_device_train_batch_size=2
-    python recipe/plan.py --config lora_alpaca.yaml --processes 8 --strategy fsdp
+    python recipe/plan.py --config lora_alpaca.yaml --processes 8 --strategy fsdp2
 
 Neither weights nor a network are needed. The shape is that of a local folder, of the hub's cache,
 or a published one; rows are counted where tokenizer and file are here, and else assumed.
@@ -32,7 +32,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
         "config needs none",
     )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="that share the work")
-    parser.add_argument("--strategy", choices=["ddp", "fsdp", "zero2", "zero3"], default="ddp")
+    parser.add_argument("--strategy", choices=["ddp", "fsdp2", "zero2", "zero3"], default="ddp")
     parser.add_argument("--json", metavar="FILE", help="must not exist")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(arguments)

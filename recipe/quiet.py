@@ -1,8 +1,11 @@
 """The libraries' chatter, kept off the screen; their errors stay."""
 
 import logging
+import os
 import sys
 import warnings
+
+import torch
 
 
 def quiet_libraries() -> None:
@@ -14,9 +17,12 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", r".*checkpointing.* is deprecated", FutureWarning)
     # peft warns that PiSSA and OLoRA change the base; save_portable is what it asks for.
     warnings.filterwarnings("ignore", r"(PiSSA|OLoRA) changes the base weights", UserWarning)
-    # DeepSpeed, which accelerate imports where it is installed, says that it finds no GPU, and
-    # without this reports it found on each step.
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # accelerate imports DeepSpeed where it is installed, which warns where it finds no GPU, unless
+    # it is told.
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It finds its own accumulation of 1 beside the Trainer's, which is the one that counts.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     # The head hands on what it is given, and nothing is done in place with it.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     # DeepSpeed's and FSDP2's use of names that torch is about to change.

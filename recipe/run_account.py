@@ -64,7 +64,7 @@ def introduction(run: Run, folder: Path | None) -> list[str]:
         summary(settings, data),
         *left_out(data),
         f"step      {batch * accumulation * processes} rows = {batch} × {accumulation} accumulated "
-        f"× {processes} process{'es' if processes > 1 else ''}",
+        f"× {processes} process{f'es, {asked_engine().name}' if processes > 1 else ''}",
     ]
 
 

@@ -14,6 +14,7 @@ from recipe.memory.sharding import sharded
 from recipe.memory.watch import MemoryWatch
 from recipe.run_account import Run
 from recipe.run_data import share_openings
+from recipe.training.engine import asked_engine
 from recipe.training.pace import Pace
 from recipe.training.run_folder import note_in_manifest
 
@@ -40,8 +41,11 @@ def _memory(run: Run, memory: MemoryWatch, folder: Path) -> list[str]:
         return []
     evaluated = largest_batch(run.data.held_out.rows, run.arguments.per_device_eval_batch_size)
     ahead = forecast(_plan(run, memory.rows, evaluated, imported=memory.imported))
-    shares = sharded(ahead, processes=run.arguments.world_size, strategy="ddp")
-    ahead = replace(ahead, items=shares.items)
+    processes = run.arguments.world_size
+    if processes > 1:
+        shares = sharded(ahead, processes=processes, strategy=asked_engine().name)
+        parts = processes if asked_engine().shards else 1
+        ahead = replace(ahead, items=shares.items, gradients=-(-ahead.gradients // parts))
     note_in_manifest(folder, memory=account(ahead, found))
     return lines(ahead, found)
 

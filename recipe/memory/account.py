@@ -8,6 +8,7 @@ import torch
 
 from recipe.memory.forecast import ADAPTER, OPTIMIZER, Forecast
 from recipe.memory.live_bytes import GRADIENTS, SAVED
+from recipe.model.shards import local
 
 _WEIGHTS = "base weights"
 _MIB = 2**20
@@ -18,13 +19,13 @@ class Measured:
     """Bytes of real tensors, and the peak as the system counts it.
 
     ``saved`` are the activations between forward and backward pass of the micro-batch with the most
-    tokens, ``peak`` is of the resident set, or allocated on CUDA, where ``reserved`` is what torch
-    holds of the card.
+    tokens, ``gradients`` None where an engine gives them to no parameter, ``peak`` is of the
+    resident set, or allocated on CUDA, where ``reserved`` is what torch holds of the card.
     """
 
     weights: int
     adapter: int
-    gradients: int
+    gradients: int | None
     optimizer: int
     saved: int
     peak: int
@@ -69,7 +70,8 @@ def lines(foreseen: Forecast, found: Measured) -> list[str]:
 
 
 def live_bytes(tensors: list[torch.Tensor]) -> int:
-    """Of the memory behind them, each counted once."""
+    """Of the memory behind them on this process, each counted once."""
+    tensors = list(map(local, tensors))
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -79,7 +81,7 @@ def _pairs(foreseen: Forecast, found: Measured) -> Mapping[str, tuple[int, int]]
     return {
         _WEIGHTS: (weights, found.weights),
         ADAPTER: (foreseen.items[ADAPTER], found.adapter),
-        GRADIENTS: (foreseen.gradients, found.gradients),
+        **({} if found.gradients is None else {GRADIENTS: (foreseen.gradients, found.gradients)}),
         OPTIMIZER: (foreseen.items[OPTIMIZER], found.optimizer),
         SAVED: (foreseen.saved, found.saved),
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from recipe.memory.forecast import ADAPTER, OPTIMIZER, Forecast
 from recipe.memory.live_bytes import GRADIENTS
 
-STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 _GATHERED_LAYERS = 2  # the one that computes, and the next one, fetched meanwhile
 
 
@@ -33,9 +33,9 @@ def sharded(found: Forecast, *, processes: int, strategy: str) -> Sharded:
     if processes == 1:
         return Sharded(found.items, 1, strategy)
     items = dict(found.items)
-    if strategy in ("zero2", "zero3", "fsdp"):
+    if strategy in ("zero2", "zero3", "fsdp2"):
         items[OPTIMIZER] = -(-items[OPTIMIZER] // processes)
-    if strategy in ("zero3", "fsdp"):
+    if strategy in ("zero3", "fsdp2"):
         for name in [name for name in items if name.startswith("base weights") or name == ADAPTER]:
             items[name] = -(-items[name] // processes)
         items["gathered layers"] = _GATHERED_LAYERS * found.trace.layer_weights

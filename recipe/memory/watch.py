@@ -26,6 +26,7 @@ class MemoryWatch(TrainerCallback):
         self.imported = resident()
         self.rows: Sequence[TokenizedRow] = ()
         self._saved = self._gradients = self._optimizer = 0
+        self._stepped = False
 
     @contextmanager
     def saving(self, rows: Sequence[TokenizedRow], model: PeftModel) -> Iterator[None]:
@@ -55,6 +56,7 @@ class MemoryWatch(TrainerCallback):
         model: PeftModel = None,
         **_: Any,
     ) -> None:
+        self._stepped = True
         if not self._gradients:
             self._gradients = live_bytes([p.grad for p in model.parameters() if p.grad is not None])
 
@@ -80,7 +82,7 @@ class MemoryWatch(TrainerCallback):
         """None where nothing was trained, as by a run that was taken up behind its last step, or
         nothing was rehearsed.
         """
-        if not self.rows or not self._gradients:
+        if not self.rows or not self._stepped:
             return None
         frozen = [p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
         frozen += scales(model)
@@ -88,7 +90,7 @@ class MemoryWatch(TrainerCallback):
         return Measured(
             weights=live_bytes(frozen),
             adapter=live_bytes([p for p in model.parameters() if p.requires_grad]),
-            gradients=self._gradients,
+            gradients=self._gradients or None,
             optimizer=self._optimizer,
             saved=self._saved,
             peak=peak.get("allocated", peak.get("resident", 0)),

@@ -1,11 +1,26 @@
-"""What several processes agree on."""
+"""Several processes: whether all are there, what they agree on, and who says it."""
 
-from collections.abc import Callable
-from typing import Any
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
+from recipe.settings import RunFailed, UserError
+from recipe.training.arguments import world_size
 from recipe.training.loss import distributed
+
+_PATIENCE = 10.0  # seconds
+_TOLD_AGAIN = 3.0  # seconds that another process has to tell the same
+_screen = [2]  # the last is where this process's errors are seen
 
 
 def of_first(compute: Callable[[Any], Any], value: Any) -> Any:
@@ -15,3 +30,162 @@ def of_first(compute: Callable[[Any], Any], value: Any) -> Any:
     told = [compute(value) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(told, src=0)
     return told[0]
+
+
+def check_all_answer(device: torch.device) -> None:
+    """One sum over all processes, within ten seconds.
+
+    Raises:
+        RunFailed: naming rank and host of each that does not take part.
+    """
+    if not distributed():
+        return
+    store, rank = _get_default_store(), dist.get_rank()
+    store.set(key("here", rank), socket.gethostname())
+    counted = torch.ones(1, device=device)
+    began = time.monotonic()
+    work = dist.all_reduce(counted, async_op=True)
+    while not work.is_completed():
+        if time.monotonic() - began > _PATIENCE:
+            leave(f"the processes do not all answer within {_PATIENCE:.0f} s: {_missing()}")
+        time.sleep(0.01)
+    work.wait()
+    if int(counted) != dist.get_world_size():
+        raise RunFailed(f"{dist.get_world_size()} processes add up to {int(counted)}.")
+    store.set(key("answered", rank), "yes")
+
+
+def check_seen_by_all(folder: Path) -> None:
+    """Every process writes into the run's folder.
+
+    Raises:
+        UserError: naming who does not see what the first one has made.
+    """
+    if not distributed():
+        return
+    mark = folder / ".seen-by-all"
+    if dist.get_rank() == 0:
+        mark.touch()
+    dist.barrier()
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, None if _appears(mark) else this_process())
+    blind = [one for one in seen if one]
+    if dist.get_rank() == 0:
+        mark.unlink(missing_ok=True)
+        if blind:
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
+    if blind:
+        raise UserError.single(
+            "training.output_dir",
+            f"{folder} is not seen by {', '.join(blind)}. Name a folder on a disk that all hosts "
+            "share.",
+        )
+
+
+@contextmanager
+def own_log(folder: Path) -> Iterator[None]:
+    """What any but the first process says goes into ``logs/rank-1.log`` and so on, and not into
+    the middle of what the first one says.
+    """
+    if not distributed() or dist.get_rank() == 0:
+        yield
+        return
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    streams = (sys.stdout, sys.stderr)
+    with (logs / f"rank-{dist.get_rank()}.log").open("a") as file:
+        kept = [os.dup(number) for number in (1, 2)]
+        _screen.append(kept[1])
+        _point(streams, [file.fileno()] * 2)
+        try:
+            yield
+        finally:
+            _screen.pop()
+            _point(streams, kept)
+            for one in kept:
+                os.close(one)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """An error that all processes find is told by the first; one that another finds alone is told
+    with its rank and host.
+    """
+    try:
+        yield
+    except RunFailed as error:
+        if not distributed():
+            raise
+        if dist.get_rank() == 0:
+            with suppress(Exception):  # the store may be gone with the first host
+                _get_default_store().set("recipe/told", str(error))
+            raise
+        if _told() == str(error):
+            raise RunFailed("") from error
+        raise RunFailed(f"{this_process()}: {error}") from error
+
+
+def leave(message: str) -> NoReturn:
+    """End this process with 3. From a thread, or past an operation that never ends, no exception
+    would.
+    """
+    if dist.get_rank() == 0 or _told() is None:
+        os.write(_screen[-1], f"{this_process()}: {message}\n".encode())
+    with suppress(Exception):
+        _get_default_store().set("recipe/told", message)
+    os._exit(3)
+
+
+def _told() -> str | None:
+    with suppress(Exception):
+        store = _get_default_store()
+        store.wait(["recipe/told"], timedelta(seconds=_TOLD_AGAIN))
+        return str(store.get("recipe/told").decode())
+    return None
+
+
+def _missing() -> str:
+    """Who has not begun the first sum."""
+    store = _get_default_store()
+    absent = [r for r in range(dist.get_world_size()) if not store.check([key("here", r)])]
+    if not absent:
+        return "all have begun, and nothing arrives. Is the network between the hosts open?"
+    return ", ".join(f"rank {rank} on {_host_of(rank)}" for rank in absent)
+
+
+def _host_of(rank: int) -> str:
+    """By its neighbours: processes of a host are numbered in a row."""
+    store, here = _get_default_store(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = rank // here * here
+    for other in range(first, first + here):
+        if store.check([key("here", other)]):
+            return str(store.get(key("here", other)).decode())
+    return f"host {rank // here + 1} of {max(world_size() // here, 1)}"
+
+
+def _appears(file: Path) -> bool:
+    """A network's file system may show it late."""
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        with suppress(OSError):
+            if file.name in os.listdir(file.parent):  # noqa: PTH208 - asks the disk anew
+                return True
+        time.sleep(0.1)
+    return False
+
+
+def _point(streams: tuple[Any, ...], targets: list[int]) -> None:
+    for number, stream, target in zip((1, 2), streams, targets, strict=True):
+        stream.flush()
+        os.dup2(target, number)
+
+
+def this_process() -> str:
+    """Its rank and host, for a message."""
+    return f"rank {dist.get_rank()} on {socket.gethostname()}"
+
+
+def key(kind: str, rank: int) -> str:
+    """Of the store that the processes share."""
+    return f"recipe/{kind}/{rank}"

@@ -6,10 +6,12 @@ follow them where they can, and silently run something else where they cannot.
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from recipe.model.shards import is_sharded
 from recipe.settings import UserError
@@ -21,7 +23,7 @@ _ON = ("1", "true", "yes", "on")
 
 @dataclass(frozen=True)
 class Engine:
-    """``name`` is ``single``, ``ddp``, ``fsdp2``, or ``zero1`` to ``zero3``."""
+    """``name`` is ``single``, ``ddp``, ``fsdp2``, ``zero2`` or ``zero3``."""
 
     name: str
 
@@ -60,6 +62,35 @@ def asked_engine() -> Engine:
             )
         return Engine("fsdp2")
     return Engine("ddp" if world_size() > 1 else "single")
+
+
+def load_engine(engine: Engine) -> None:
+    """Import what the engine needs, before anything else does.
+
+    Raises:
+        UserError: DeepSpeed is asked for and not installed.
+    """
+    if not engine.deepspeed:
+        return
+    if find_spec("deepspeed") is None:
+        raise UserError.single(
+            _WHERE, f"asks for {engine.name}, and DeepSpeed is not installed. Run make deepspeed."
+        )
+    import deepspeed
+
+    # Without a GPU it would compile a faster way between processes of one machine, in every process
+    # at once, and fail where there is no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def load_whole(engine: Engine) -> None:
+    """Let what is loaded from now on be whole, so that it can be checked; the engine cuts it later.
+
+    transformers would cut it at once under ZeRO-3, whatever zero3_init_flag says, and cast it to
+    what DeepSpeed is told to compute in.
+    """
+    if engine.deepspeed:
+        unset_hf_deepspeed_config()
 
 
 class CheckEngine(TrainerCallback):
@@ -113,7 +144,7 @@ def _zero_stage() -> int:
         if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE", "none") != "none"
     ]
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if offloaded or stage not in ("1", "2", "3"):
+    if offloaded or stage not in ("2", "3"):
         what = f"offload of {offloaded[0].lower()}" if offloaded else f"zero_stage {stage}"
         raise UserError.single(
             _WHERE,

@@ -16,6 +16,7 @@ from recipe.sealed import SEAL
 from recipe.settings import RunFailed
 from recipe.training.arguments import world_size
 from recipe.training.checkpoints import checkpoints
+from recipe.training.engine import asked_engine
 
 _NOT_WRITABLE = {
     errno.ENOSPC,
@@ -61,14 +62,32 @@ def out_of_memory(error: BaseException) -> bool:
 
 def how_to_continue(run: Path, *changes: str) -> str:
     """The command that goes on from the newest checkpoint of ``run``, or starts it anew."""
-    processes = world_size()
-    launch = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
-    words = [*launch.split(), "recipe/train.py", "--config", str(run / "settings.yaml"), *changes]
+    words = [*_launch(), "recipe/train.py", "--config", str(run / "settings.yaml"), *changes]
     saved = any((folder / SEAL).is_file() for folder in checkpoints(run))
     if saved:
         words.append(f"training.resume_from_checkpoint={run}")
         words += ["--allow-changed"] if changes else []
     return shlex.join(words) + ("" if saved else " (no checkpoint had been saved)")
+
+
+def _launch() -> list[str]:
+    """As this process was started, on one machine; or as on any of several, once its number is put
+    in.
+    """
+    processes, engine = world_size(), asked_engine()
+    hosts = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if engine.name == "single":
+        return ["python"]
+    if engine.name == "ddp" and hosts == 1:
+        return ["torchrun", "--nproc_per_node", str(processes)]
+    many = "_multi_node" if hosts > 1 else ""
+    words = ["accelerate", "launch", "--config_file", f"launch/{engine.name}{many}.yaml"]
+    words += ["--num_processes", str(processes)]
+    if hosts > 1:
+        first = os.environ.get("MASTER_ADDR", "ADDRESS")
+        words += ["--num_machines", str(hosts), "--machine_rank", "RANK_OF_THE_HOST"]
+        words += ["--main_process_ip", first]
+    return words
 
 
 def _of_a_worker(error: BaseException) -> bool:

@@ -183,7 +183,7 @@ def _processes_are_what_was_started(settings: Settings) -> Problem | None:
         return Problem(
             "accelerate launch",
             "several processes were asked for, but only this one was started. Start with "
-            "--config_file launch/ddp.yaml, or add --multi_gpu, or use torchrun --nproc_per_node N.",
+            "--config_file launch/ddp.yaml or --multi_gpu, or use torchrun --nproc_per_node N.",
         )
     alone = _started_alone()
     if alone:

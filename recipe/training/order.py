@@ -1,5 +1,6 @@
 """Which rows go together: the micro-batches of a run, in the order in which it takes them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -53,7 +54,7 @@ def evaluated_batches(rows: int, size: int, *, processes: int, process: int) -> 
     many batches, empty ones at the end.
     """
     own = range(process, rows, processes)
-    most = -(-(-(-rows // processes)) // size)
+    most = math.ceil(math.ceil(rows / processes) / size)
     return [list(own[start : start + size]) for start in range(0, most * size, size)]
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from recipe.model.lora import save_portable
 from recipe.model.shards import adapter_parameters, local, set_whole, whole_adapter
+from recipe.training.arguments import autocast_dtype
 from recipe.training.checkpoints import ADAPTER
 from recipe.training.trainer import TokenWeightedTrainer
 
@@ -21,13 +23,27 @@ _SCHEDULER = "scheduler.pt"
 
 
 class ShardedTrainer(TokenWeightedTrainer):
-    """For the engines ``fsdp2`` and ``zero1`` to ``zero3``, started by accelerate."""
+    """For the engines ``fsdp2``, ``zero2`` and ``zero3``, started by accelerate."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The engines would cast the adapter, or the gradients that they add up, to 16 bits."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.is_deepspeed_enabled:
+            for name in ("bf16", "fp16"):
+                state.deepspeed_plugin.deepspeed_config.pop(name, None)
+        else:
+            state.fsdp_plugin.mixed_precision_policy = None
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         # The stock one reads the engines' own checkpoints.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        dtype = autocast_dtype(self.args)
+        if dtype is not None:  # as accelerate does it for one process and for DDP
+            cast = torch.autocast(self.args.device.type, dtype)
+            self.model.forward = convert_outputs_to_fp32(cast(self.model.forward))
         if resume_from_checkpoint is not None:
             self._load_states(Path(resume_from_checkpoint))
         return prepared

@@ -103,6 +103,8 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self._agreed:
+            if distributed():  # who ends first makes the launcher end the others, sealed or not
+                dist.barrier()
             said = (
                 f"stopped by {signal.Signals(self._agreed).name} after step {state.global_step} of "
                 f"{state.max_steps}, and saved. To go on: {how_to_continue(Path(args.output_dir))}"

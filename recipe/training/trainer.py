@@ -99,9 +99,8 @@ class TokenWeightedTrainer(Trainer):
         norm = super()._get_grad_norm(*args, **named)
         if isinstance(norm, DTensor):  # of FSDP2
             norm = norm.full_tensor()
-        self._finite.grad_norm = torch.as_tensor(
-            norm, device=self.args.device
-        )  # DeepSpeed's: float
+        # DeepSpeed's is a float.
+        self._finite.grad_norm = torch.as_tensor(norm, device=self.args.device)
         return self._finite.grad_norm
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -280,6 +279,7 @@ class TokenWeightedTrainer(Trainer):
             labels, rows = inputs.pop("labels"), inputs.pop("row_indices")
             sums.append(self._nll(inputs, labels, rows).sum().item())
             tokens += int(count_trained(labels))
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             if not math.isfinite(sums[-1]):
                 not_finite.append((sums[-1], rows))
         nll, count = sum_over_processes((math.fsum(sums), tokens), self.args.device)

@@ -185,7 +185,7 @@ def test_a_config_for_a_card_is_planned_for_one_wherever_it_is_planned(
     assert ("cards" in found) == (device == "cuda")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_one_process_of_several(planned, anywhere, strategy):
     asked = ["--config", anywhere, "lora.r=64", *ON_CARD]
     one = planned(*asked)[1]["items"]
@@ -197,7 +197,7 @@ def test_one_process_of_several(planned, anywhere, strategy):
         assert found["items"][item] == one[item] // share
     assert found["items"]["saved activations"] == one["saved activations"]
     assert found["items"]["communication buckets"] == one["adapter"] // share
-    assert ("gathered layers" in found["items"]) == (strategy == "fsdp")
+    assert ("gathered layers" in found["items"]) == (strategy == "fsdp2")
 
 
 def test_rows_that_are_here_are_counted_as_a_run_takes_them(planned, on_cpu, monkeypatch):

@@ -1,9 +1,9 @@
 """train.py with FSDP2 on CPU processes, which torch does and accelerate does not.
 
 accelerate shards where it believes to see several GPUs. It is made to believe so here, with the
-CPU's devices and gloo in their place, so that the path of ``launch/fsdp2.yaml`` runs on any machine:
-accelerate's own sharding, loading and gathering, and all of ours. What it cannot show is how CUDA
-streams and NCCL behave; tests/gpu does.
+CPU's devices and gloo in their place, so that the path of ``launch/fsdp2.yaml`` runs on any
+machine: accelerate's own sharding, loading and gathering, and all of ours. What it cannot show is
+how CUDA streams and NCCL behave; tests/gpu does.
 """
 
 import sys

@@ -30,7 +30,7 @@ DIVIDED = {
     "zero2": (OPTIMIZER, GRADIENTS),
     "zero3": ("base weights, uint8", "base weights, bfloat16", ADAPTER, OPTIMIZER, GRADIENTS),
 }
-DIVIDED["fsdp"] = DIVIDED["zero3"]
+DIVIDED["fsdp2"] = DIVIDED["zero3"]
 
 
 def foreseen(**other: int) -> Forecast:
@@ -57,7 +57,7 @@ def test_a_process_holds_its_share(strategy, processes):
     }
     whole = strategy == "ddp"
     expected["communication buckets"] = ceil(Fraction(SIZES[GRADIENTS], 1 if whole else processes))
-    if strategy in ("zero3", "fsdp"):
+    if strategy in ("zero3", "fsdp2"):
         expected["gathered layers"] = 2 * LAYER
     assert dict(found.items) == expected
     assert found.peak == sum(expected.values())
@@ -82,5 +82,5 @@ def test_shares_add_up_to_the_whole():
 def test_the_forecast_stays_as_it_is():
     found = foreseen()
     before = dataclasses.replace(found, items=dict(found.items))
-    sharded(found, processes=8, strategy="fsdp")
+    sharded(found, processes=8, strategy="fsdp2")
     assert found == before

@@ -1,0 +1,127 @@
+"""Who of several processes no longer answers: a hang ends, and with a message."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recipe.settings import RunFailed
+from recipe.training.collective import key, leave
+from recipe.training.faults import how_to_continue
+
+_BEAT = 1.0  # seconds
+_PATIENCE = timedelta(seconds=3)  # with the store
+# The engine's own timeout ends a process without a word that helps.
+_BEFORE_THE_ENGINE = 0.9
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+
+
+class Heartbeat(TrainerCallback):
+    """Ends a run in which nothing moves any more, and says who stands where.
+
+    Collective operations wait for ``training.ddp_timeout`` seconds; then gloo raises, and NCCL
+    ends the process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._step = 0
+        self._moved = 0.0
+        self._ended = threading.Event()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._beat(state)
+        watch = threading.Thread(
+            target=self._watch, args=(args.ddp_timeout * _BEFORE_THE_ENGINE,), daemon=True
+        )
+        watch.start()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._beat(state)
+
+    def on_substep_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._beat(state)
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._beat(state)
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._beat(state)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self._ended.set()
+
+    def _beat(self, state: TrainerState) -> None:
+        self._moved, self._step = time.monotonic(), state.global_step
+
+    def _watch(self, patience: float) -> None:
+        place, host = key("at", dist.get_rank()), socket.gethostname()
+        while True:
+            # From here, so that who waits for others is told from who is gone.
+            with suppress(Exception):  # the store may be gone with the first host
+                _get_default_store().set(place, f"{self._step} {time.time()} {host}")
+            if self._ended.wait(_BEAT):
+                return
+            if time.monotonic() - self._moved > patience:
+                leave(
+                    f"nothing has moved for {patience:.0f} s behind step {self._step}: "
+                    f"{_slowest()}. training.ddp_timeout says how long is waited. To go on: "
+                    f"{how_to_continue(self._folder)}"
+                )
+
+
+@contextmanager
+def loss_told(folder: Path) -> Iterator[None]:
+    """Turn an engine's error about other processes into one line with the way out.
+
+    Raises:
+        RunFailed: another process, or the network to it, is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        of_engine = isinstance(error, dist.DistBackendError | dist.DistNetworkError)
+        if not (of_engine or any(words in text for words in _LOST)):
+            raise
+        raise RunFailed(
+            f"another process no longer answers ({text[:120]}): {_slowest()}. What was saved "
+            f"before is whole. To go on: {how_to_continue(folder)}"
+        ) from error
+
+
+def _slowest() -> str:
+    """Rank, host and step of those that are silent, or else of those that stand furthest back."""
+    try:
+        store = _get_default_store()
+        store.set_timeout(_PATIENCE)
+        told = {
+            rank: store.get(key("at", rank)).decode().split(" ", 2)
+            for rank in range(dist.get_world_size())
+            if store.check([key("at", rank)])
+        }
+    except Exception:  # whatever the store raises when its host is gone
+        return "nor does the first host, which would know which"
+    now = time.time()
+    silent = [
+        f"rank {rank} on {host} has been silent for {now - float(when):.0f} s, since step {step}"
+        for rank, (step, when, host) in sorted(told.items())
+        if now - float(when) > 3 * _BEAT
+    ]
+    least = min((int(step) for step, _, _ in told.values()), default=0)
+    behind = [
+        f"rank {rank} on {host} waits behind step {step}"
+        for rank, (step, _, host) in sorted(told.items())
+        if int(step) == least
+    ]
+    return ", ".join(silent or behind) or "none was heard of yet"
