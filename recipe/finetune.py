@@ -11,28 +11,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import torch
+import yaml
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from recipe.continuation import change, checkpoint_of, take_up, tidy, train
+from recipe.keeping import keep, says
 from recipe.memory.probe import peak_memory
 from recipe.memory.watch import MemoryWatch
 from recipe.model.checkpoint import load_base, loaded_commit
 from recipe.model.fingerprint import weights_sha256
 from recipe.model.lora import add_lora, save_initial
-from recipe.model.shards import whole_adapter
-from recipe.run_account import Run, conclusion, introduction, manifest_facts, receipt
+from recipe.run_account import Run, conclusion, introduction, manifest_facts
 from recipe.run_data import Data, load_data, share_openings
 from recipe.run_memory import forecasts_told, what_takes_less
-from recipe.settings import Settings
-from recipe.sharing.adapter_folder import save_adapter
-from recipe.sharing.probes import Probe, encode_probes, make_probes, next_token_logits
+from recipe.settings import Settings, dump
 from recipe.training.arguments import autocast_dtype, training_arguments
 from recipe.training.build import build_trainer
 from recipe.training.checkpoints import Checkpoint
 from recipe.training.collective import (
+    check_all_alike,
     check_all_answer,
     check_seen_by_all,
     of_first,
@@ -48,8 +49,8 @@ from recipe.training.heartbeat import Heartbeat, loss_told
 from recipe.training.loss import TokenLoss, distributed
 from recipe.training.machine import check_machine
 from recipe.training.pace import Pace
-from recipe.training.plot import plot_loss
 from recipe.training.run_folder import (
+    PACKAGES,
     alone,
     check_output_dir,
     make_run_folder,
@@ -59,7 +60,7 @@ from recipe.training.run_folder import (
 )
 from recipe.training.run_log import RunLog
 from recipe.training.run_log import say as say_line
-from recipe.training.same_run import Beginning, check_same_run
+from recipe.training.same_run import Beginning, check_same_run, flat
 from recipe.training.signals import StopOnSignal
 from recipe.training.trainer import TokenWeightedTrainer
 
@@ -110,6 +111,7 @@ def finetune(
     pace = Pace(_speaker(main_process=os.environ.get("RANK", "0") == "0"))
     prepared = _prepare(settings, [*watchers, pace, *([memory] if memory else [])])
     arguments, trainer, log = prepared.arguments, prepared.trainer, prepared.log
+    check_all_alike(_alike(settings, prepared))
     changed = _check_same_run(settings, prepared, resumed, allow_changed=allow_changed)
     made = not planned_folder(settings).exists()
     folder = _run_folder(settings, resumed)
@@ -127,7 +129,7 @@ def finetune(
         if main_process and resumed is None:
             _describe(run, folder)
         # PiSSA and OLoRA took their start out of the base; only with it is the base whole.
-        base_says = _says(run) if prepared.initial else None
+        base_says = says(run) if prepared.initial else None
         trainer.add_callback(CheckEngine(trainer, prepared.engine))
         _begin(settings, prepared, resumed, changed, say)
         if rehearse:
@@ -138,7 +140,7 @@ def finetune(
             after = _held_out_perplexity(trainer)
             if main_process:
                 told = forecasts_told(run, memory, pace, folder)
-            _keep(prepared, run, folder, base_says)
+            keep(run, trainer, log, folder, initial=prepared.initial, base_says=base_says)
     seconds = time.perf_counter() - started
     before = log.first_perplexity
     ended = conclusion(run, log, folder, before=before, after=after, seconds=seconds, memory=told)
@@ -243,6 +245,16 @@ def _check_same_run(
     )
 
 
+def _alike(settings: Settings, prepared: _Prepared) -> dict[str, Any]:
+    """What every process must have the same of."""
+    packages = {f"package {name}": version(name) for name in PACKAGES}
+    found = {
+        "data.path (rows and tokens)": prepared.data.tokens_sha256,
+        "model.name_or_path (weights)": prepared.base_sha256,
+    }
+    return {**flat(yaml.safe_load(dump(settings))), **packages, **found}
+
+
 def _beginning(settings: Settings, prepared: _Prepared) -> Beginning:
     return Beginning(
         prepared.data.tokens_sha256,
@@ -286,57 +298,6 @@ def _evaluate_first(trainer: TokenWeightedTrainer, say: Callable[[str], None]) -
 def _describe(run: Run, folder: Path) -> None:
     write_settings(folder, run.settings)
     write_manifest(folder, **manifest_facts(run))
-
-
-def _keep(prepared: _Prepared, run: Run, folder: Path, base_says: torch.Tensor | None) -> None:
-    """Save the adapter with what proves it, and draw the losses. With sharded weights every process
-    takes part in what the model answers.
-    """
-    main_process = prepared.arguments.process_index == 0
-    if not (main_process or prepared.engine.shards_weights):
-        return
-    _note_unchanged(prepared.trainer, prepared.log)
-    start = Path(prepared.initial.name) if prepared.initial else None
-    probes, state = _probes(run, base_says), whole_adapter(run.model)
-    if main_process:
-        proof = receipt(run, folder, probes)
-        save_adapter(run.model, folder / "adapter", proof, initial=start, state=state)
-        _plot(run, folder)
-
-
-def _plot(run: Run, folder: Path) -> None:
-    """The adapter is saved: no picture is worth its run."""
-    title = f"{run.settings.name} · {folder.name}"
-    try:
-        plot_loss(folder / "metrics.jsonl", folder / "loss.png", title=title)
-    except OSError as error:
-        say_line(f"warning   {folder / 'loss.png'} could not be written: {error.strerror}")
-
-
-def _says(run: Run) -> torch.Tensor:
-    """The model's logits for the probes, as it is now."""
-    _, rows = encode_probes(run.data.template, run.data.tokenizer)
-    return next_token_logits(run.model, rows)
-
-
-def _probes(run: Run, base_says: torch.Tensor | None) -> list[Probe]:
-    """What base and tuned model answer; ``base_says`` is None where the base is still whole."""
-    texts, rows = encode_probes(run.data.template, run.data.tokenizer)
-    if base_says is None:
-        with run.model.disable_adapter():
-            base_says = _says(run)
-    return make_probes(texts, rows, base=base_says, tuned=_says(run))
-
-
-def _note_unchanged(trainer: TokenWeightedTrainer, log: RunLog) -> None:
-    row = trainer.train_dataset[0]
-    if trainer.answers_unchanged(row):
-        line = (
-            f"the adapter leaves the base's answers as they are: the logits of row {row.index} "
-            "differ by less than a millionth. Raise training.learning_rate (now "
-            f"{trainer.args.learning_rate:g}), or train longer."
-        )
-        log.note("unchanged", line, state=trainer.state, step=trainer.state.global_step)
 
 
 def _held_out_perplexity(trainer: TokenWeightedTrainer) -> float | None:

@@ -1,6 +1,7 @@
 """What a run says of itself: on the screen, in ``manifest.json`` and in ``recipe.json``."""
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +21,9 @@ from recipe.model.quantization import bytes_by_kind
 from recipe.run_data import Data, left_out, share_openings, summary
 from recipe.settings import Settings, plain
 from recipe.sharing.probes import Probe
+from recipe.training.arguments import world_size
 from recipe.training.engine import asked_engine
+from recipe.training.faults import launch
 from recipe.training.machine import device_name, idle_threads
 from recipe.training.run_log import RunLog
 
@@ -109,8 +112,14 @@ def conclusion(
         'next      make infer PROMPT="…"  asks it; ADAPTER=none asks the base',
         "          make compare  tells whether it learned, memorised or forgot",
         "          make verify  checks it; make push REPO=user/name  publishes it",
-        f"          make train CONFIG={folder / 'settings.yaml'}  repeats this run",
+        f"          {_again(folder / 'settings.yaml')}  repeats this run",
     ]
+
+
+def _again(settings: Path) -> str:
+    if world_size() == 1:
+        return f"make train CONFIG={settings}"
+    return shlex.join([*launch(), "recipe/train.py", "--config", str(settings)])
 
 
 def manifest_facts(run: Run) -> dict[str, Any]:

@@ -5,9 +5,10 @@ import tempfile
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 
-from recipe.settings import Settings, UserError, plain
+from recipe.settings import RunFailed, Settings, UserError, plain
 
 # What the flattened batch, the run folder and honest logs need; the config may not change these.
 _OURS: dict[str, Any] = {
@@ -63,9 +64,25 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     try:
         return TrainingArguments(output_dir=tempfile.gettempdir(), **{**asked, **_OURS})
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        check_reached(error)
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError.single(
             "training", f"transformers refuses it: {reason}. Correct the value or leave it out."
+        ) from error
+
+
+def check_reached(error: Exception) -> None:
+    """Whether a library's error is of the network between processes, and of no value.
+
+    Raises:
+        RunFailed: it is.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text:
+        raise RunFailed(
+            f"the processes do not reach each other ({text[:160]}). On hosts whose name resolves "
+            "to no address that the others reach, name the interface in GLOO_SOCKET_IFNAME (CPU) "
+            "or NCCL_SOCKET_IFNAME (GPU), such as eth0."
         ) from error
 
 

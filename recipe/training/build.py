@@ -9,6 +9,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
 from recipe.settings import UserError
+from recipe.training.arguments import check_reached
 from recipe.training.engine import SINGLE, Engine
 from recipe.training.finite import FiniteSteps
 from recipe.training.flow import FrozenInputs, SaveBehindEvaluation
@@ -69,6 +70,7 @@ def build_trainer(
         trainer.create_scheduler(num_training_steps=100, optimizer=trainer.optimizer)
         trainer.optimizer = trainer.lr_scheduler = None
     except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        check_reached(error)
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError.single(
             "training", f"transformers refuses it: {reason}. Correct the value or leave it out."

@@ -5,6 +5,7 @@ disk at any instant leaves the older ones as they are. transformers' own are wri
 its resume takes the newest whatever is in it (github.com/huggingface/transformers/issues/35525).
 """
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -107,9 +108,7 @@ def _newest_whole(run: Path, *, best_needed: bool) -> Path | None:
 def _strange(folder: Path, *, best_needed: bool) -> list[str]:
     """What the Trainer would take up from ``folder`` that no run of this recipe puts there."""
     problems = [f"{folder / name}: missing" for name in _NEEDED if not (folder / name).is_file()]
-    for pattern, shown in (("optimizer*.pt", "optimizer.pt"), ("rng_state*.pth", "rng_state.pth")):
-        if not any(folder.glob(pattern)):
-            problems.append(f"{folder / shown}: missing")
+    problems += [f"{folder / name}: missing" for name in _of_processes(folder)]
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if _PICKLES.fullmatch(name):
@@ -117,6 +116,20 @@ def _strange(folder: Path, *, best_needed: bool) -> list[str]:
         elif file.suffix in _STATES and name not in (ADAPTER, _NEVER_READ):
             problems.append(f"{file}: no file of a checkpoint that this recipe writes")
     return problems + _unlike_a_state(folder, best_needed=best_needed)
+
+
+def _of_processes(folder: Path) -> list[str]:
+    """What is missing of the files that each process of the run writes; without its random state
+    one would draw other dropout masks, silently.
+    """
+    try:
+        many = int(json.loads((folder.parent / "manifest.json").read_text())["processes"])
+    except (OSError, ValueError, RecursionError, *OF_ANOTHER_SHAPE):
+        many = 1  # check_same_run says what is wrong with the manifest
+    rng = ["rng_state.pth"] if many == 1 else [f"rng_state_{n}.pth" for n in range(many)]
+    parts = [f"optimizer_{n}.pt" for n in range(many)]
+    optimizer = parts if any((folder / name).is_file() for name in parts) else ["optimizer.pt"]
+    return [name for name in (*rng, *optimizer) if not (folder / name).is_file()]
 
 
 def _unsafe(file: Path) -> list[str]:

@@ -3,8 +3,9 @@
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from recipe.settings import RunFailed, UserError
+from recipe.settings import Problem, RunFailed, UserError
 from recipe.training.arguments import world_size
 from recipe.training.loss import distributed
 
@@ -83,6 +84,34 @@ def check_seen_by_all(folder: Path) -> None:
         )
 
 
+def check_all_alike(facts: Mapping[str, Any]) -> None:
+    """Every process trains the same: the others would follow their own settings or rows, silently.
+
+    Args:
+        facts: by what a person knows them under.
+
+    Raises:
+        UserError: naming rank, host and the facts that differ from the first process's.
+    """
+    if not distributed():
+        return
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (this_process(), dict(facts)))
+    first = everyone[0][1]
+    problems = [
+        Problem(
+            name,
+            f"is {found.get(name)!r} for {who}, and {first.get(name)!r} for rank 0. Give every "
+            "host the same config, files and packages.",
+        )
+        for who, found in everyone[1:]
+        for name in sorted(first.keys() | found.keys())
+        if first.get(name) != found.get(name)
+    ]
+    if problems:
+        raise UserError.first_of(problems)
+
+
 @contextmanager
 def own_log(folder: Path) -> Iterator[None]:
     """What any but the first process says goes into ``logs/rank-1.log`` and so on, and not into
@@ -117,13 +146,29 @@ def told_once() -> Iterator[None]:
     except RunFailed as error:
         if not distributed():
             raise
+        said = str(error)
         if dist.get_rank() == 0:
-            with suppress(Exception):  # the store may be gone with the first host
-                _get_default_store().set("recipe/told", str(error))
+            at_once(lambda: _get_default_store().set("recipe/told", said))
             raise
-        if _told() == str(error):
+        if _told() == said:
             raise RunFailed("") from error
         raise RunFailed(f"{this_process()}: {error}") from error
+
+
+def at_once(ask: Callable[[], Any], default: Any = None) -> Any:
+    """What ``ask`` gives of the store that the processes share, or ``default`` where it gives
+    nothing within seconds: over a cut cable torch's own timeouts do not hold.
+    """
+    found = [default]
+
+    def answer() -> None:
+        with suppress(Exception):  # what the store raises when its host is gone
+            found[0] = ask()
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    thread.join(2 * _TOLD_AGAIN)
+    return found[0]
 
 
 def leave(message: str) -> NoReturn:
@@ -132,17 +177,18 @@ def leave(message: str) -> NoReturn:
     """
     if dist.get_rank() == 0 or _told() is None:
         os.write(_screen[-1], f"{this_process()}: {message}\n".encode())
-    with suppress(Exception):
-        _get_default_store().set("recipe/told", message)
+    at_once(lambda: _get_default_store().set("recipe/told", message))
     os._exit(3)
 
 
 def _told() -> str | None:
-    with suppress(Exception):
+    def ask() -> str:
         store = _get_default_store()
         store.wait(["recipe/told"], timedelta(seconds=_TOLD_AGAIN))
         return str(store.get("recipe/told").decode())
-    return None
+
+    told: str | None = at_once(ask)
+    return told
 
 
 def _missing() -> str:

@@ -61,8 +61,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def how_to_continue(run: Path, *changes: str) -> str:
-    """The command that goes on from the newest checkpoint of ``run``, or starts it anew."""
-    words = [*_launch(), "recipe/train.py", "--config", str(run / "settings.yaml"), *changes]
+    """The command that goes on from the newest checkpoint of ``run``, or starts it anew; of several
+    hosts that of this one.
+    """
+    words = [*launch(), "recipe/train.py", "--config", str(run / "settings.yaml"), *changes]
     saved = any((folder / SEAL).is_file() for folder in checkpoints(run))
     if saved:
         words.append(f"training.resume_from_checkpoint={run}")
@@ -70,10 +72,8 @@ def how_to_continue(run: Path, *changes: str) -> str:
     return shlex.join(words) + ("" if saved else " (no checkpoint had been saved)")
 
 
-def _launch() -> list[str]:
-    """As this process was started, on one machine; or as on any of several, once its number is put
-    in.
-    """
+def launch() -> list[str]:
+    """The words that start as many processes again, on each of as many hosts."""
     processes, engine = world_size(), asked_engine()
     hosts = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if engine.name == "single":
@@ -81,12 +81,12 @@ def _launch() -> list[str]:
     if engine.name == "ddp" and hosts == 1:
         return ["torchrun", "--nproc_per_node", str(processes)]
     many = "_multi_node" if hosts > 1 else ""
-    words = ["accelerate", "launch", "--config_file", f"launch/{engine.name}{many}.yaml"]
+    words = ["accelerate", "launch", "--quiet", "--config_file", f"launch/{engine.name}{many}.yaml"]
     words += ["--num_processes", str(processes)]
     if hosts > 1:
-        first = os.environ.get("MASTER_ADDR", "ADDRESS")
-        words += ["--num_machines", str(hosts), "--machine_rank", "RANK_OF_THE_HOST"]
-        words += ["--main_process_ip", first]
+        first, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "29500")
+        words += ["--num_machines", str(hosts), "--machine_rank", os.environ.get("GROUP_RANK", "0")]
+        words += ["--main_process_ip", first, "--main_process_port", port]
     return words
 
 

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipe.settings import RunFailed
-from recipe.training.collective import key, leave
+from recipe.training.collective import at_once, key, leave
 from recipe.training.faults import how_to_continue
 
 _BEAT = 1.0  # seconds
-_PATIENCE = timedelta(seconds=3)  # with the store
+_SILENT = 4.0  # seconds without a beat
 # The engine's own timeout ends a process without a word that helps.
 _BEFORE_THE_ENGINE = 0.9
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
@@ -66,10 +66,10 @@ class Heartbeat(TrainerCallback):
 
     def _watch(self, patience: float) -> None:
         place, host = key("at", dist.get_rank()), socket.gethostname()
-        while True:
+        for beat in count():
             # From here, so that who waits for others is told from who is gone.
             with suppress(Exception):  # the store may be gone with the first host
-                _get_default_store().set(place, f"{self._step} {time.time()} {host}")
+                _get_default_store().set(place, f"{self._step} {beat} {host}")
             if self._ended.wait(_BEAT):
                 return
             if time.monotonic() - self._moved > patience:
@@ -95,33 +95,42 @@ def loss_told(folder: Path) -> Iterator[None]:
         if not (of_engine or any(words in text for words in _LOST)):
             raise
         raise RunFailed(
-            f"another process no longer answers ({text[:120]}): {_slowest()}. What was saved "
+            f"another process no longer answers: {_slowest()} ({_shortened(text)}). What was saved "
             f"before is whole. To go on: {how_to_continue(folder)}"
         ) from error
 
 
 def _slowest() -> str:
     """Rank, host and step of those that are silent, or else of those that stand furthest back."""
-    try:
-        store = _get_default_store()
-        store.set_timeout(_PATIENCE)
-        told = {
-            rank: store.get(key("at", rank)).decode().split(" ", 2)
-            for rank in range(dist.get_world_size())
-            if store.check([key("at", rank)])
-        }
-    except Exception:  # whatever the store raises when its host is gone
-        return "nor does the first host, which would know which"
-    now = time.time()
+    before = at_once(_beats, {})
+    time.sleep(_SILENT)  # and not by the clock, which may be another on each host
+    now = at_once(_beats, {})
+    if not now:
+        return "the first host, or the network to it, is gone too"
     silent = [
-        f"rank {rank} on {host} has been silent for {now - float(when):.0f} s, since step {step}"
-        for rank, (step, when, host) in sorted(told.items())
-        if now - float(when) > 3 * _BEAT
+        f"rank {rank} on {host} is silent since step {step}"
+        for rank, (step, beat, host) in sorted(now.items())
+        if beat == before.get(rank, (step, beat, host))[1]
     ]
-    least = min((int(step) for step, _, _ in told.values()), default=0)
+    least = min(step for step, _, _ in now.values())
     behind = [
         f"rank {rank} on {host} waits behind step {step}"
-        for rank, (step, _, host) in sorted(told.items())
-        if int(step) == least
+        for rank, (step, _, host) in sorted(now.items())
+        if step == least
     ]
-    return ", ".join(silent or behind) or "none was heard of yet"
+    return ", ".join(silent or behind)
+
+
+def _beats() -> dict[int, tuple[int, str, str]]:
+    """Of each rank that has begun its step, its latest beat and its host."""
+    store, found = _get_default_store(), {}
+    for rank in range(dist.get_world_size()):
+        if store.check([key("at", rank)]):
+            step, beat, host = store.get(key("at", rank)).decode().split(" ", 2)
+            found[rank] = (int(step), beat, host)
+    return found
+
+
+def _shortened(text: str) -> str:
+    """An engine's error without the place in its source."""
+    return text.rpartition("] ")[2][:120] if text.startswith("[") else text[:120]

@@ -67,7 +67,8 @@ def device_name(arguments: TrainingArguments) -> str:
 def idle_threads(arguments: TrainingArguments) -> str | None:
     """Say it when a run on the CPU was given fewer threads than there are cores for it."""
     given, cores = torch.get_num_threads(), psutil.cpu_count(logical=False) or 1
-    fair = max(cores // arguments.world_size, 1)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", arguments.world_size))
+    fair = max(cores // here, 1)
     if arguments.device.type != "cpu" or given >= fair:
         return None
     return (

@@ -69,7 +69,7 @@ def check_same_run(
         UserError: naming each difference that is not allowed.
     """
     began, beginning = _began(run)
-    asked = _flat(yaml.safe_load(dump(settings)))
+    asked = flat(yaml.safe_load(dump(settings)))
     differing = [
         key
         for key in sorted(began.keys() | asked.keys())
@@ -159,7 +159,7 @@ def _said(run: Path, began: Beginning, now: Beginning) -> dict[str, Problem]:
 def _began(run: Path) -> tuple[dict[str, Any], Beginning]:
     """The settings of ``run``, flat, and what else it wrote at its start."""
     try:
-        settings = _flat(yaml.safe_load((run / "settings.yaml").read_text()))
+        settings = flat(yaml.safe_load((run / "settings.yaml").read_text()))
         manifest = json.loads((run / "manifest.json").read_text())
         return settings, Beginning(
             manifest["data"]["tokens_sha256"],
@@ -181,9 +181,10 @@ def _before_engines(processes: int) -> str:
     return "ddp" if processes > 1 else "single"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
