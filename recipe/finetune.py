@@ -48,6 +48,7 @@ from recipe.training.head import OutputHead
 from recipe.training.heartbeat import Heartbeat, loss_told
 from recipe.training.loss import TokenLoss, distributed
 from recipe.training.machine import check_machine
+from recipe.training.meeting import meet
 from recipe.training.pace import Pace
 from recipe.training.run_folder import (
     PACKAGES,
@@ -183,6 +184,7 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
         check_output_dir(settings)
     engine = asked_engine()
     load_engine(engine)
+    meet(float(settings.training.get("ddp_timeout") or 1800))
     arguments = training_arguments(settings)
     check_all_answer(arguments.device)
     load_whole(engine)

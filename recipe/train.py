@@ -18,7 +18,7 @@ import sys
 from functools import partial
 
 from recipe.exit_codes import run_command
-from recipe.settings import UserError, generation_settings, load_settings
+from recipe.settings import Stopped, UserError, generation_settings, load_settings
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -54,6 +54,17 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    try:
+        _main(arguments)
+    except Exception as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or isinstance(error, Stopped):
+            raise
+        from recipe.training.meeting import explained
+
+        raise explained(error) from error
+
+
+def _main(arguments: list[str] | None) -> None:
     args = _parsed(arguments)
     settings = load_settings(args.config, args.overrides)
     # Only now: these imports take seconds, and a mistake in the config is told before them.

@@ -71,14 +71,24 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         ) from error
 
 
+def of_other_processes(error: BaseException) -> bool:
+    """Whether gloo, NCCL or torchrun's store raised it: another process, or the way to it, is
+    gone.
+    """
+    words = ("gloo", "nccl", "connection closed by peer", "timed out waiting")
+    text = str(error).lower()
+    of_engine = isinstance(error, dist.DistError)
+    return of_engine or (isinstance(error, RuntimeError) and any(word in text for word in words))
+
+
 def check_reached(error: Exception) -> None:
     """Whether a library's error is of the network between processes, and of no value.
 
     Raises:
         RunFailed: it is.
     """
-    text = " ".join(str(error).split())
-    if isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text:
+    if of_other_processes(error):
+        text = " ".join(str(error).split())
         raise RunFailed(
             f"the processes do not reach each other ({text[:160]}). On hosts whose name resolves "
             "to no address that the others reach, name the interface in GLOO_SOCKET_IFNAME (CPU) "

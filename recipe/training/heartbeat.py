@@ -14,14 +14,15 @@ from torch.distributed.distributed_c10d import _get_default_store
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from recipe.settings import RunFailed
+from recipe.training.arguments import of_other_processes
 from recipe.training.collective import at_once, key, leave
 from recipe.training.faults import how_to_continue
+from recipe.training.meeting import word_of_others
 
 _BEAT = 1.0  # seconds
 _SILENT = 4.0  # seconds without a beat
 # The engine's own timeout ends a process without a word that helps.
 _BEFORE_THE_ENGINE = 0.9
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
 
 class Heartbeat(TrainerCallback):
@@ -90,13 +91,14 @@ def loss_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        of_engine = isinstance(error, dist.DistBackendError | dist.DistNetworkError)
-        if not (of_engine or any(words in text for words in _LOST)):
+        if not of_other_processes(error):
             raise
+        text = " ".join(str(error).split())
+        why = word_of_others() or (
+            f"another process no longer answers: {_slowest()} ({_shortened(text)})."
+        )
         raise RunFailed(
-            f"another process no longer answers: {_slowest()} ({_shortened(text)}). What was saved "
-            f"before is whole. To go on: {how_to_continue(folder)}"
+            f"{why} What was saved before is whole. To go on: {how_to_continue(folder)}"
         ) from error
 
 

@@ -1,0 +1,116 @@
+"""Before several processes are connected: who has not come, and who has left, with which word.
+
+A process that ends on one host ends nothing on another: there the others would wait, without a
+word, for as long as training.ddp_timeout says and longer.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from recipe.settings import RunFailed, UserError
+from recipe.training.arguments import of_other_processes, world_size
+
+_PATIENCE = 10.0  # seconds until it is said who is waited for
+_GRACE = 5.0  # seconds for a process to find by itself what has ended another
+_SHOWN_CHARACTERS = 400
+
+
+def meet(timeout: float) -> None:
+    """Wait until every process has come this far; from then on, end when another one has left.
+
+    Only where torchrun's own store is there to meet at, as under ``accelerate launch``.
+
+    Args:
+        timeout: seconds, ``training.ddp_timeout``.
+
+    Raises:
+        RunFailed: one has left, or does not come.
+    """
+    store = _torchruns_store()
+    if store is None:
+        return
+    store.set(_key("came", _rank()), socket.gethostname())
+    began, told = time.monotonic(), False
+    while absent := [r for r in range(world_size()) if not store.check([_key("came", r)])]:
+        if found := _left(store):
+            raise RunFailed(found)
+        waited = time.monotonic() - began
+        names = ", ".join(f"rank {rank}" for rank in absent)
+        if waited > timeout:
+            raise RunFailed(f"{names} did not start within {timeout:.0f} s. Start every host.")
+        if waited > _PATIENCE and not told and os.environ.get("LOCAL_RANK", "0") == "0":
+            said = f"waiting   for {names} of {world_size()}, since {waited:.0f} s"
+            print(said, file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.1)
+    threading.Thread(target=_end_with_others, args=(store,), daemon=True).start()
+
+
+def explained(error: Exception) -> Exception:
+    """What a process ends with, once the others know it; where it is only that another one has
+    ended, what that one said.
+    """
+    if of_other_processes(error):
+        return RunFailed(word_of_others() or f"another process no longer answers ({error}).")
+    _say_left(error)
+    return error
+
+
+def word_of_others() -> str | None:
+    """What another process has ended with, if it says so within seconds."""
+    with suppress(Exception):  # the store may be gone as well
+        store = _torchruns_store()
+        until = time.monotonic() + _GRACE
+        while store is not None and time.monotonic() < until:
+            if found := _left(store):
+                return found
+            time.sleep(0.1)
+    return None
+
+
+def _say_left(error: Exception) -> None:
+    with suppress(Exception):  # they may be gone themselves
+        store = _torchruns_store()
+        if store is not None and str(error):
+            ours = isinstance(error, RunFailed | UserError)
+            kind = "" if ours else f"{type(error).__name__}: "
+            said = f"rank {_rank()} on {socket.gethostname()} has ended. {kind}{error}"
+            store.set("recipe/left", said[:_SHOWN_CHARACTERS])
+
+
+def _end_with_others(store: Store) -> None:
+    with suppress(Exception):  # with the store gone, collective operations fail anyway
+        while (found := _left(store)) is None:
+            time.sleep(1)
+        time.sleep(2 * _GRACE)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, f"{found}\n".encode())
+        os._exit(3)
+
+
+def _left(store: Store) -> str | None:
+    return str(store.get("recipe/left").decode()) if store.check(["recipe/left"]) else None
+
+
+def _torchruns_store() -> Store | None:
+    """Of the launcher, which is there before and after the processes."""
+    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_PATIENCE))
+    return PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _key(kind: str, rank: int) -> str:
+    return f"recipe/{kind}/{rank}"
