@@ -32,7 +32,7 @@ STARTER := models/smollm2-135m-instruct
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help setup deepspeed train prove plan study compare convert demo infer chat verify inspect merge push pull test test-slow test-gpu fuzz torture check lint types options \
-        bench-starter bench-verdict bench-forecast bench-published bench-topologies bench-convert bench-decoding bench-adapter bench-exactness \
+        bench-starter bench-verdict bench-forecast bench-published bench-engines bench-hosts bench-topologies bench-convert bench-decoding bench-adapter bench-exactness \
         bench bench-gpu bench-compile bench-start clean
 
 help: ## print this list
@@ -135,6 +135,12 @@ bench-forecast: setup .venv/.dev ## forecast and measured peak memory of 24 runs
 
 bench-published: setup .venv/.dev ## what others measured of Llama-2-7B beside what plan forecasts, no GPU needed
 	@$(PY) -m tests.benchmarks.published
+
+bench-engines: setup .venv/.dev .venv/.deepspeed ## DDP, ZeRO and FSDP2 on the CPU: adapter beside one process, memory
+	@$(PY) -m tests.benchmarks.engines
+
+bench-hosts: setup .venv/.dev ## two hosts in network namespaces: one is killed, then the cable pulled; a log
+	@$(PY) -m tests.hosts.two_hosts $(ARGS)
 
 bench-topologies: setup .venv/.dev ## which launch file fits which Llama-2 into which card: forecasts, no GPU needed
 	@$(PY) -m tests.benchmarks.topologies

@@ -24,7 +24,7 @@ from recipe.memory.probe import peak_memory
 from recipe.memory.watch import MemoryWatch
 from recipe.model.checkpoint import load_base, loaded_commit
 from recipe.model.fingerprint import weights_sha256
-from recipe.model.lora import add_lora, save_initial
+from recipe.model.lora import add_lora, give_memory, save_initial
 from recipe.run_account import Run, conclusion, introduction, manifest_facts
 from recipe.run_data import Data, load_data, share_openings
 from recipe.run_memory import forecasts_told, what_takes_less
@@ -41,7 +41,14 @@ from recipe.training.collective import (
     told_once,
 )
 from recipe.training.disk import check_space
-from recipe.training.engine import CheckEngine, Engine, asked_engine, load_engine, load_whole
+from recipe.training.engine import (
+    CheckEngine,
+    Engine,
+    asked_engine,
+    load_engine,
+    load_whole,
+    loads_weights,
+)
 from recipe.training.faults import faults_told
 from recipe.training.flow import FreshFolder, OnTrainBegin, Rehearse
 from recipe.training.head import OutputHead
@@ -190,7 +197,7 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
     load_whole(engine)
     data = load_data(settings)
     set_seed(arguments.seed)  # before the adapter is drawn, not when the Trainer starts
-    base = load_base(settings.model)
+    base = load_base(settings.model, weights=loads_weights(engine))
     base_sha256 = of_first(weights_sha256, base)  # before PiSSA or OLoRA change it
     commit = loaded_commit(settings.model)
     model = add_lora(
@@ -199,6 +206,8 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
         mixed_precision=arguments.fp16 or arguments.bf16,
         revision=commit,
     )
+    if not loads_weights(engine):
+        give_memory(model)
     initial = save_initial(model)
     head = OutputHead(model, autocast=autocast_dtype(arguments))
     loss = TokenLoss(head.nll)

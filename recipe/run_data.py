@@ -15,7 +15,8 @@ from recipe.data.show import shown_rows
 from recipe.data.templates import Template, build_template
 from recipe.data.tokens import TokenizedRow
 from recipe.model.attention import PER_ROW_SDPA
-from recipe.model.checkpoint import check_special_ids, load_config, load_tokenizer
+from recipe.model.checkpoint import load_config, load_tokenizer
+from recipe.model.special_ids import check_special_ids
 from recipe.settings import Settings, UserError
 
 _SHOWN = 10

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import (
@@ -25,9 +26,9 @@ from recipe.model.quantization import keep_layout
 from recipe.settings import ModelSettings, Problem, UserError, plain
 
 _WHERE = "model.name_or_path"
-_GENERATION = "generation_config.json"
+GENERATION = "generation_config.json"
 _INDEX = "model.safetensors.index.json"
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SHOWN_CHARACTERS = 240
 
 
@@ -73,19 +74,46 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(settings: ModelSettings) -> LlamaForCausalLM:
+def load_base(settings: ModelSettings, *, weights: bool = True) -> LlamaForCausalLM:
     """The frozen base in ``settings.dtype``, from safetensors alone, quantised where asked.
 
     Its generation config holds the special ids and nothing else, see ``generation_config_notes``.
+
+    Args:
+        weights: False leaves them on the meta device, for a process that is given its part of them
+            by another one. transformers 5.23 would load them in every process of a host, whatever
+            fsdp_cpu_ram_efficient_loading says.
 
     Raises:
         UserError: no such checkpoint, no Llama architecture, or no safetensors weights.
     """
     config = load_config(settings)
     _check_index(settings)
-    _generation_config(settings)  # transformers passes over a broken one
+    stored_generation_config(settings)  # transformers passes over a broken one
     if settings.attn_implementation == attention.PER_ROW_SDPA:
         attention.register()
+    model = _loaded(settings, config) if weights else _without_weights(settings, config)
+    keep_layout(model)
+    # A cache would be filled and thrown away at each training step.
+    model.config.use_cache = False
+    held = model.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(held, name) for name in SPECIAL})
+    return model
+
+
+def _without_weights(settings: ModelSettings, config: LlamaConfig) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(
+            config,
+            dtype=getattr(torch, settings.dtype),
+            attn_implementation=settings.attn_implementation,
+        )
+    # Its frequencies are computed, not loaded.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
+
+
+def _loaded(settings: ModelSettings, config: LlamaConfig) -> LlamaForCausalLM:
     quantization = settings.quantization
     if getattr(config, "quantization_config", None):
         quantization = None  # it is the same, and transformers would warn that it is given twice
@@ -101,48 +129,7 @@ def load_base(settings: ModelSettings) -> LlamaForCausalLM:
             output_loading_info=True,
         )
     _check_all_loaded(settings, loading)
-    keep_layout(model)
-    # A cache would be filled and thrown away at each training step.
-    model.config.use_cache = False
-    held = model.generation_config
-    model.generation_config = GenerationConfig(**{name: getattr(held, name) for name in _SPECIAL})
     return model
-
-
-def check_special_ids(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, config: LlamaConfig
-) -> None:
-    """Tokenizer, config and generation config must mean the same tokens by bos and eos.
-
-    A model that is trained to end with one token and stopped at another never stops. Pad ids may
-    differ: nothing is padded here.
-
-    Raises:
-        UserError: with one problem for each disagreement and each id outside the vocabulary.
-    """
-    generation = _generation_config(settings)
-    files = {"config.json": config, _GENERATION: generation}
-    problems = [
-        Problem(
-            _WHERE,
-            f"{settings.name_or_path}: {source} has {name} {wrong!r}, which is no token of a "
-            f"vocabulary of {config.vocab_size}. In a local copy, correct it, or set it to null.",
-        )
-        for source, holder in {"the tokenizer": tokenizer, **files}.items()
-        for name in _SPECIAL
-        for wrong in _ids(getattr(holder, name, None))
-        if type(wrong) is not int or not 0 <= wrong < config.vocab_size
-    ]
-    for source, holder in files.items():
-        for name in ("bos_token_id", "eos_token_id"):
-            ours, theirs = getattr(tokenizer, name), _ids(getattr(holder, name, None))
-            if ours is not None and theirs and ours not in theirs:
-                token = tokenizer.convert_ids_to_tokens(ours)
-                problems.append(
-                    _disagreement(settings, name, f"{ours} ({token!r})", source, theirs)
-                )
-    if problems:
-        raise UserError(problems)
 
 
 def loaded_commit(settings: ModelSettings) -> str | None:
@@ -159,7 +146,7 @@ def generation_config_notes(settings: ModelSettings) -> list[str]:
     Raises:
         UserError: there is such a file and it cannot be loaded.
     """
-    config = _generation_config(settings)
+    config = stored_generation_config(settings)
     if config is None:
         return []
     try:
@@ -168,12 +155,12 @@ def generation_config_notes(settings: ModelSettings) -> list[str]:
         # The library lists each as "- `name`: why. …"; one that is worse is the whole text.
         listed = re.findall(r"^- `(\w+)`: (.+?)\.(?: |$)", str(error), re.MULTILINE)
         if not listed:
-            return [f"{_GENERATION} is not taken over: {_reason(error)}"]
+            return [f"{GENERATION} is not taken over: {_reason(error)}"]
         return [
-            f"{_GENERATION}: {name} {getattr(config, name)} is not taken over, because "
+            f"{GENERATION}: {name} {getattr(config, name)} is not taken over, because "
             f"{why.replace('`', '')}; with it, a changed copy could not be saved"
             for name, why in listed
-            if name not in _SPECIAL
+            if name not in SPECIAL
         ]
     return []
 
@@ -210,10 +197,15 @@ def _file(settings: ModelSettings, name: str) -> Path | None:
             return None
 
 
-def _generation_config(settings: ModelSettings) -> GenerationConfig | None:
-    if _file(settings, _GENERATION) is None:
+def stored_generation_config(settings: ModelSettings) -> GenerationConfig | None:
+    """The checkpoint's own, None where it has none.
+
+    Raises:
+        UserError: there is such a file and it cannot be loaded.
+    """
+    if _file(settings, GENERATION) is None:
         return None
-    with _loading(settings, _GENERATION):
+    with _loading(settings, GENERATION):
         return GenerationConfig.from_pretrained(
             settings.name_or_path, revision=settings.revision or "main"
         )
@@ -285,26 +277,6 @@ def _check_quantization(settings: ModelSettings, stored: Any) -> None:
     ]
     if problems:
         raise UserError(dict.fromkeys(problems))
-
-
-def _ids(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-def _disagreement(
-    settings: ModelSettings, name: str, ours: str, source: str, theirs: list[Any]
-) -> Problem:
-    shown = theirs[0] if len(theirs) == 1 else theirs
-    default = getattr(LlamaConfig(), name)
-    if source == "config.json" and theirs == [default]:
-        shown = f"{shown} (which is also what leaving it out means)"
-    return Problem(
-        _WHERE,
-        f"{settings.name_or_path}: the tokenizer has {name} {ours}, but {source} has {shown}. "
-        f"In a local copy, correct whichever is wrong: tokenizer_config.json or {source}.",
-    )
 
 
 def _check_all_loaded(settings: ModelSettings, loading: dict[str, Any]) -> None:

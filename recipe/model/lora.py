@@ -68,6 +68,19 @@ def add_lora(
     return model
 
 
+def give_memory(model: PeftModel) -> None:
+    """To an adapter on a base without weights, which has no values either.
+
+    FSDP2 hands it those of the process that has them; but accelerate tells an optimizer's
+    parameters by where they lie in memory, and all that lie nowhere would be one.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter.is_meta:
+                values = torch.zeros_like(parameter, device="cpu")
+                setattr(module, name, nn.Parameter(values))
+
+
 def _check_names(base: PreTrainedModel, key: str, asked: object) -> None:
     """peft is content when one name of a list matches, and trains only that one."""
     names = {name for name, _ in base.named_modules() if name}

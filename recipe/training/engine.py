@@ -93,6 +93,12 @@ def load_whole(engine: Engine) -> None:
         unset_hf_deepspeed_config()
 
 
+def loads_weights(engine: Engine) -> bool:
+    """Whether this process loads the base; FSDP2 can hand out what the first one alone has."""
+    shared = engine.name == "fsdp2" and _on("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return not shared or os.environ.get("RANK", "0") == "0"
+
+
 class CheckEngine(TrainerCallback):
     """Before the first step, see ``check_running``."""
 

@@ -1,5 +1,6 @@
 """Who of several processes no longer answers: a hang ends, and with a message."""
 
+import atexit
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from recipe.settings import RunFailed
 from recipe.training.arguments import of_other_processes
 from recipe.training.collective import at_once, key, leave
 from recipe.training.faults import how_to_continue
-from recipe.training.meeting import word_of_others
+from recipe.training.meeting import stop_watching, word_of_others
 
 _BEAT = 1.0  # seconds
 _SILENT = 4.0  # seconds without a beat
@@ -46,6 +47,7 @@ class Heartbeat(TrainerCallback):
             target=self._watch, args=(args.ddp_timeout * _BEFORE_THE_ENGINE,), daemon=True
         )
         watch.start()
+        atexit.register(stop_watching, watch, self._ended)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self._beat(state)
@@ -112,7 +114,8 @@ def _slowest() -> str:
     silent = [
         f"rank {rank} on {host} is silent since step {step}"
         for rank, (step, beat, host) in sorted(now.items())
-        if beat == before.get(rank, (step, beat, host))[1]
+        # Of this process it may be the thread that beats which asks.
+        if rank != dist.get_rank() and beat == before.get(rank, (step, beat, host))[1]
     ]
     least = min(step for step, _, _ in now.values())
     behind = [

@@ -4,6 +4,7 @@ A process that ends on one host ends nothing on another: there the others would 
 word, for as long as training.ddp_timeout says and longer.
 """
 
+import atexit
 import os
 import socket
 import sys
@@ -50,7 +51,18 @@ def meet(timeout: float) -> None:
             print(said, file=sys.stderr, flush=True)
             told = True
         time.sleep(0.1)
-    threading.Thread(target=_end_with_others, args=(store,), daemon=True).start()
+    over = threading.Event()
+    watch = threading.Thread(target=_end_with_others, args=(store, over), daemon=True)
+    watch.start()
+    atexit.register(stop_watching, watch, over)
+
+
+def stop_watching(watch: threading.Thread, over: threading.Event) -> None:
+    """At exit: Python would take a thread that asks the store out of the middle of C++, which ends
+    the process with SIGABRT.
+    """
+    over.set()
+    watch.join(_PATIENCE)
 
 
 def explained(error: Exception) -> Exception:
@@ -85,11 +97,13 @@ def _say_left(error: Exception) -> None:
             store.set("recipe/left", said[:_SHOWN_CHARACTERS])
 
 
-def _end_with_others(store: Store) -> None:
+def _end_with_others(store: Store, over: threading.Event) -> None:
     with suppress(Exception):  # with the store gone, collective operations fail anyway
         while (found := _left(store)) is None:
-            time.sleep(1)
-        time.sleep(2 * _GRACE)
+            if over.wait(1):
+                return
+        if over.wait(2 * _GRACE):
+            return
         if os.environ.get("LOCAL_RANK", "0") == "0":
             os.write(2, f"{found}\n".encode())
         os._exit(3)

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from recipe.model.checkpoint import (
-    check_special_ids,
     generation_config_notes,
     load_base,
     load_config,
     load_tokenizer,
 )
+from recipe.model.special_ids import check_special_ids
 from recipe.settings import ModelSettings, UserError
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -33,9 +34,10 @@ from recipe.model.shards import (
     whole,
     whole_adapter,
 )
-from recipe.settings import RunFailed
+from recipe.settings import RunFailed, UserError
 from recipe.training import collective
 from recipe.training.collective import (
+    check_all_alike,
     check_all_answer,
     check_seen_by_all,
     leave,
@@ -45,7 +47,6 @@ from recipe.training.collective import (
 )
 from recipe.training.engine import Engine
 from recipe.training.finite import FiniteSteps, _broken
-from recipe.training.heartbeat import loss_told
 from recipe.training.loss import TokenLoss
 from recipe.training.run_log import RunLog
 
@@ -84,7 +85,17 @@ def blind(folder, content=""):
 
 
 def blind_and_full(folder):
-    blind(folder, "settings.yaml")
+    with pytest.raises(UserError, match="is not seen by rank 1"):
+        blind(folder, "settings.yaml")
+    dist.barrier()  # the first one has cleared up
+    return sorted(path.name for path in (folder / "run").iterdir())
+
+
+def alike(folder):
+    check_all_alike({"training.seed": 0, "data.path": "rows.json"})
+    with pytest.raises(UserError) as raised:
+        check_all_alike({"training.seed": dist.get_rank(), "data.path": "rows.json"})
+    return str(raised.value).split("\n")
 
 
 def from_the_first(folder):
@@ -120,15 +131,6 @@ def one_tells(folder):
         if not first():
             raise RunFailed("the disk is full.")
         time.sleep(60)
-
-
-def first_tells(folder):
-    """The other one then finds that nobody answers."""
-    with told_once(), loss_told(folder), own_log(folder):
-        if first():
-            time.sleep(1)
-            raise RunFailed("the disk is full.")
-        dist.barrier()
 
 
 def leaves(folder):
@@ -175,6 +177,10 @@ def same(found, expected):
     )
 
 
+def numbers(tensors):
+    return sum(tensor.numel() for tensor in tensors)
+
+
 def put_together(parameter):
     """The parts of all processes, behind one another."""
     parts = [None] * dist.get_world_size()
@@ -192,7 +198,7 @@ def of_shards(rank):
     sharded, names = cut(plain), dict(plain.named_parameters())
     held = dict(sharded.named_parameters())
     yield "all are cut", all(map(is_sharded, held.values()))
-    yield "parts are smaller", all(local(held[n]).numel() < p.numel() for n, p in names.items())
+    yield "less than all", numbers(map(local, held.values())) < numbers(plain.parameters())
     yield "parts", same({n: put_together(p) for n, p in held.items()}, names)
     with whole([*held.values(), None]) as values:
         yield "none stays none", values[-1] is None
@@ -240,8 +246,8 @@ def finite(folder):
 MODES = {
     one.__name__.replace("_", "-"): one
     for one in (
-        *(answer, late, seen, blind, blind_and_full, from_the_first, logs),
-        *(both_tell, one_tells, first_tells, leaves, shards, finite),
+        *(answer, late, seen, blind, blind_and_full, alike, from_the_first, logs),
+        *(both_tell, one_tells, leaves, shards, finite),
     )
 }
 

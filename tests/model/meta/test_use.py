@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from recipe import convert
 from recipe.finetune import finetune
-from recipe.model.checkpoint import check_special_ids, load_base, load_config, load_tokenizer
+from recipe.model.checkpoint import load_base, load_config, load_tokenizer
+from recipe.model.special_ids import check_special_ids
 from recipe.settings import ModelSettings, load_settings
 from recipe.verify import verified
 from tests.model.meta.files import COLUMNS, SCALED_ROPE, tiny_llama, write_shards
