@@ -126,10 +126,15 @@ def _of_processes(folder: Path) -> list[str]:
         many = int(json.loads((folder.parent / "manifest.json").read_text())["processes"])
     except (OSError, ValueError, RecursionError, *OF_ANOTHER_SHAPE):
         many = 1  # check_same_run says what is wrong with the manifest
-    rng = ["rng_state.pth"] if many == 1 else [f"rng_state_{n}.pth" for n in range(many)]
-    parts = [f"optimizer_{n}.pt" for n in range(many)]
-    optimizer = parts if any((folder / name).is_file() for name in parts) else ["optimizer.pt"]
-    return [name for name in (*rng, *optimizer) if not (folder / name).is_file()]
+    missing: list[str] = []
+    for alone, of_each in (
+        ("rng_state.pth", [f"rng_state_{n}.pth" for n in range(many)]),
+        ("optimizer.pt", [f"optimizer_{n}.pt" for n in range(many)]),
+    ):
+        found = [name for name in of_each if (folder / name).is_file()]
+        wanted = of_each if found else [alone]
+        missing += [name for name in wanted if not (folder / name).is_file()]
+    return missing
 
 
 def _unsafe(file: Path) -> list[str]:

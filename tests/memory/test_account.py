@@ -11,8 +11,7 @@ from bitsandbytes.optim import GlobalOptimManager
 from safetensors.torch import load_file
 from torch import nn
 
-from recipe import finetune as finetune_module
-from recipe import run_memory
+from recipe import keeping, run_memory
 from recipe.finetune import finetune
 from recipe.memory.account import Measured, account, lines, live_bytes
 from recipe.memory.forecast import Forecast
@@ -29,7 +28,7 @@ SMALL = 4096  # position ids and the like, which the model is given and no opera
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """It takes a third of so short a run."""
-    monkeypatch.setattr(finetune_module, "_plot", lambda *_: None)
+    monkeypatch.setattr(keeping, "_plot", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

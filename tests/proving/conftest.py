@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import recipe.finetune
+import recipe.keeping
 from recipe.proving import claims
 from recipe.proving.evidence import Evidence
 from recipe.proving.finding import Finding
@@ -20,7 +20,7 @@ def proof(write_config, tmp_path, monkeypatch) -> Iterator[Callable[..., dict[st
     """The findings of a config by their claim: of the claims that are named, else of all but that
     on processes.
     """
-    monkeypatch.setattr(recipe.finetune, "plot_loss", lambda *_, **__: None)
+    monkeypatch.setattr(recipe.keeping, "plot_loss", lambda *_, **__: None)
     gc.collect()
     gc.freeze()  # as prove.py does
 

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 import recipe.answerer
 import recipe.finetune
+import recipe.keeping
 import recipe.run_data
 from recipe.model import attention
 from recipe.proving import gradients, texts, trained
@@ -174,7 +175,7 @@ BUGS: dict[str, tuple[str, Bug]] = {
     ),
     "another tensor is saved": (
         trained.RELOADED,
-        _instead(recipe.finetune, "save_adapter", adapter_spoiled),
+        _instead(recipe.keeping, "save_adapter", adapter_spoiled),
     ),
     "random states are not restored": (
         trained.RESUMED,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipe import finetune as finetune_module
+from recipe import keeping
 from recipe.finetune import finetune
 from recipe.settings import load_settings
 from recipe.training import pace as pace_module
@@ -54,7 +54,7 @@ def run(write_config, monkeypatch, clock):
     evaluation_loop = TokenWeightedTrainer.evaluation_loop
     monkeypatch.setattr(TokenWeightedTrainer, "training_step", step)
     monkeypatch.setattr(TokenWeightedTrainer, "evaluation_loop", evaluate)
-    monkeypatch.setattr(finetune_module, "_plot", lambda *_: None)
+    monkeypatch.setattr(keeping, "_plot", lambda *_: None)
     config = write_config(
         data={"rows": "0:9", "held_out": "9:12"},
         training={
