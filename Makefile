@@ -137,7 +137,7 @@ bench-published: setup .venv/.dev ## what others measured of Llama-2-7B beside w
 	@$(PY) -m tests.benchmarks.published
 
 bench-engines: setup .venv/.dev .venv/.deepspeed ## DDP, ZeRO and FSDP2 on the CPU: adapter beside one process, memory
-	@$(PY) -m tests.benchmarks.engines
+	@$(PY) -m tests.benchmarks.engines $(ARGS)
 
 bench-hosts: setup .venv/.dev ## two hosts in network namespaces: one is killed, then the cable pulled; a log
 	@$(PY) -m tests.hosts.two_hosts $(ARGS)

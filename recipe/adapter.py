@@ -17,6 +17,7 @@ said. verify exits with 3 and a line for each problem if it is not what was trai
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ _COMBINATIONS = ("linear", "cat", "svd")
 
 def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError.single(
+            "adapter.py",
+            f"{os.environ['WORLD_SIZE']} processes were started, and each would hold the whole "
+            "base and do the same. Start one: python recipe/adapter.py …",
+        )
     _check(args)
     # Only now: these imports take seconds, and a mistake in the arguments is told before them.
     from recipe.quiet import quiet_libraries

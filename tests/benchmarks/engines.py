@@ -1,13 +1,15 @@
 """The starter model trained by each engine on the CPU, beside one process.
 
-    make bench-engines
+    make bench-engines ARGS="training.optim=sgd training.learning_rate=0.1"
 
-20 steps of 4 rows at dropout 0 in float32, with AdamW: how far lora_B is from that of one process,
-and what the first process holds of weights, adapter and optimizer.
+20 steps of 4 rows at dropout 0 in float32: how far lora_B is from that of one process, and what the
+first process holds of weights, adapter and optimizer. AdamW, the config's own, makes updates of one
+size out of gradients that are nothing but rounding; SGD does not.
 """
 
 import json
 import subprocess
+import sys
 import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -39,7 +41,14 @@ def run(engine: str, processes: int, folder: Path) -> Path:
     """
     command, environment = launch(engine, processes)
     done = subprocess.run(
-        [*command, "--config", "starter.yaml", f"training.output_dir={folder}", *OVERRIDES],
+        [
+            *command,
+            "--config",
+            "starter.yaml",
+            f"training.output_dir={folder}",
+            *OVERRIDES,
+            *sys.argv[1:],
+        ],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,

@@ -52,6 +52,16 @@ def test_a_wrong_call_is_one_line(tmp_path, monkeypatch, capsys, name):
     assert listing(tmp_path) == before
 
 
+def test_several_processes_do_not_each_merge(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    output = tmp_path / "merged"
+    assert run_command(lambda: adapter.main(["merge", "runs/x", "--output", str(output)])) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("adapter.py: 2 processes were started, and each would hold the whole")
+    assert len(said.splitlines()) == 1
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

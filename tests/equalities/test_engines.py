@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
+from recipe.sealed import seal
+from recipe.settings import UserError
+from recipe.training.checkpoints import find_checkpoint
 from tests.equalities.engines import BIN, ENGINES, apart, lacking, launch, lora_b
 
 REPOSITORY = Path(__file__).parents[2]
@@ -160,6 +164,20 @@ def test_a_killed_run_goes_on_to_the_same_bytes(finished, config):
     assert "resumed   from" in said
     weights = "adapter/adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_checkpoint_that_was_sealed_without_a_process_is_not_taken(finished, tmp_path):
+    """As where its host wrote into a folder of its own."""
+    whole = finished[2]
+    folder = tmp_path / "run/checkpoint-60"
+    shutil.copytree(whole / "checkpoint-60", folder)
+    shutil.copy(whole / "manifest.json", tmp_path / "run")
+    assert find_checkpoint(str(folder)).folder == folder
+    for name in ("rng_state_1.pth", "sha256.json"):
+        (folder / name).unlink()
+    seal(folder)
+    with pytest.raises(UserError, match=r"checkpoint-60/rng_state_1.pth: missing"):
+        find_checkpoint(str(folder))
 
 
 def orphans(folder):
