@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One node or several, from the repository's root, on a disk that they share:
 #   sbatch --nodes 2 --gpus-per-node 2 launch/slurm.sh lora_alpaca.yaml lora.r=8
-#   LAUNCH=launch/zero3.yaml sbatch --nodes 2 --gpus-per-node 2 launch/slurm.sh lora_alpaca.yaml
+#   LAUNCH=launch/zero3.yaml sbatch --nodes 2 --gpus-per-node 2 launch/slurm.sh lora_alpaca_bf16.yaml
 #   DRY_RUN=1 SLURM_JOB_NUM_NODES=2 SLURM_GPUS_ON_NODE=2 bash launch/slurm.sh lora_alpaca.yaml
 # Five minutes before --time ends the run saves and the job is requeued, and goes on from there.
 # LAUNCH: the accelerate file that says what is sharded (launch/ddp.yaml).
@@ -51,11 +51,16 @@ newest_step() { # of the run's checkpoints; 0 without one
   echo "$newest"
 }
 
-# What train.py is given. A run that goes on has its own settings; flags are no settings.
+# What train.py is given. A requeued job has its run's own settings, whatever became of the config;
+# of a new one train.py says what differs from the run that it goes on with.
 choose_arguments() {
   local argument
   if [ "$FIRST_STEP" = 0 ]; then
     TRAIN=(--config "$@" "training.output_dir=$RUN")
+    return
+  fi
+  if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
+    TRAIN=(--config "$@" "training.resume_from_checkpoint=$RUN")
     return
   fi
   TRAIN=(--config "$RUN/settings.yaml" "training.resume_from_checkpoint=$RUN")

@@ -23,7 +23,7 @@ def run_command(main: Callable[[], None]) -> int:
         main()
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the processes of a host find the same
+        if error.told_here:  # the processes of a host mostly find the same
             _tell(error)
         return 2
     except RunFailed as error:

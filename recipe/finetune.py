@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from recipe.continuation import change, checkpoint_of, take_up, tidy, train
@@ -130,9 +131,7 @@ def finetune(
     main_process = arguments.process_index == 0
     say, told = _speaker(main_process=main_process), list[str]()
     check_seen_by_all(folder)
-    if distributed():
-        trainer.add_callback(Heartbeat(folder))
-    with alone(folder, needed=main_process), _told(folder):
+    with alone(folder, needed=main_process), _told(folder), _watched(trainer, folder):
         say("\n".join(introduction(run, folder)))
         if main_process and resumed is None:
             _describe(run, folder)
@@ -141,7 +140,7 @@ def finetune(
         trainer.add_callback(CheckEngine(trainer, prepared.engine))
         _begin(settings, prepared, resumed, changed, say)
         if rehearse:
-            fresh = FreshFolder(folder, made=made) if resumed is None and main_process else None
+            fresh = FreshFolder(folder, made=made) if resumed is None else None
             trainer.add_callback(Rehearse(partial(rehearse, trainer, prepared.data, say), fresh))
         with prepared.stop.listening():
             train(trainer, resumed)
@@ -198,7 +197,7 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
     data = load_data(settings)
     set_seed(arguments.seed)  # before the adapter is drawn, not when the Trainer starts
     base = load_base(settings.model, weights=loads_weights(engine))
-    base_sha256 = of_first(weights_sha256, base)  # before PiSSA or OLoRA change it
+    base_sha256 = _base_sha256(engine, base)  # before PiSSA or OLoRA change it
     commit = loaded_commit(settings.model)
     model = add_lora(
         base,
@@ -234,6 +233,24 @@ def _told(folder: Path) -> Iterator[None]:
     """What ends a run from outside, in one line, and by one process."""
     with told_once(), loss_told(folder), faults_told(folder), own_log(folder):
         yield
+
+
+@contextmanager
+def _watched(trainer: TokenWeightedTrainer, folder: Path) -> Iterator[None]:
+    """A run of several processes that hangs is ended."""
+    if not distributed():
+        yield
+        return
+    heart = Heartbeat(folder)
+    trainer.add_callback(heart)
+    with heart.watching(trainer.args.ddp_timeout):
+        yield
+
+
+def _base_sha256(engine: Engine, base: nn.Module) -> str:
+    """Of each process's own copy, so that another one on another host is noticed."""
+    told = of_first(weights_sha256, base) if engine.name == "fsdp2" else weights_sha256(base)
+    return str(told)
 
 
 def _speaker(*, main_process: bool) -> Callable[[str], None]:

@@ -54,7 +54,7 @@ def rehearse(
         rows = trainer.longest_micro_batch()
         watched = memory.saving(rows, trainer.model) if memory else None
         tokens = trainer.rehearse_step(rows, watched)
-        many = f"{len(rows)} rows" if len(rows) > 1 else rows_in_words([rows[0].index])
+        many = rows_in_words([rows[0].index]) if len(rows) == 1 else f"{len(rows)} rows"
         said.append(f"longest micro-batch ({many}, {tokens:,} tokens)")
 
     def evaluation() -> None:

@@ -14,6 +14,7 @@ with it when training.resume_from_checkpoint names the run.
 import argparse
 import gc
 import os
+import shlex
 import sys
 from functools import partial
 
@@ -105,10 +106,15 @@ def _main(arguments: list[str] | None) -> None:
         publish_run(run, settings.hub)
     if settings.judging.report and main_process:
         from recipe.comparison import Asked, compare_at_end
+        from recipe.training.engine import asked_engine
+        from recipe.training.run_log import say
 
         rows, tokens = settings.judging.rows, settings.judging.max_new_tokens
         command = f"python recipe/compare.py --rows {rows} max_new_tokens={tokens} --run".split()
         generation = generation_settings({"max_new_tokens": tokens})
+        if asked_engine().shards:  # the base was cut because one process may not hold it
+            say(f"compare   {shlex.join([*command, str(run)])}  writes the report, in one process")
+            return
         compare_at_end(run, Asked(rows, generation, command=[*command, str(run)]))
 
 

@@ -89,14 +89,14 @@ def load_base(settings: ModelSettings, *, weights: bool = True) -> LlamaForCausa
     """
     config = load_config(settings)
     _check_index(settings)
-    stored_generation_config(settings)  # transformers passes over a broken one
+    stored = stored_generation_config(settings)  # transformers passes over a broken one
     if settings.attn_implementation == attention.PER_ROW_SDPA:
         attention.register()
     model = _loaded(settings, config) if weights else _without_weights(settings, config)
     keep_layout(model)
     # A cache would be filled and thrown away at each training step.
     model.config.use_cache = False
-    held = model.generation_config
+    held = stored or model.generation_config
     model.generation_config = GenerationConfig(**{name: getattr(held, name) for name in SPECIAL})
     return model
 

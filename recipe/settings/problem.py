@@ -26,6 +26,7 @@ class UserError(Exception):
     """The user can put it right and nothing has been changed. Commands print it and exit with 2."""
 
     problems: tuple[Problem, ...]
+    told_here = True  # not by each of several processes
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)

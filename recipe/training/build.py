@@ -8,9 +8,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from recipe.data.batch import flatten
 from recipe.data.tokens import TokenizedRow
-from recipe.settings import UserError
+from recipe.settings import RunFailed, UserError
 from recipe.training.arguments import check_reached
 from recipe.training.engine import SINGLE, Engine
+from recipe.training.faults import first_line, out_of_memory
 from recipe.training.finite import FiniteSteps
 from recipe.training.flow import FrozenInputs, SaveBehindEvaluation
 from recipe.training.head import OutputHead
@@ -71,6 +72,8 @@ def build_trainer(
         trainer.optimizer = trainer.lr_scheduler = None
     except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
         check_reached(error)
+        if out_of_memory(error):
+            raise RunFailed(f"the model does not fit into memory: {first_line(error)}") from error
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError.single(
             "training", f"transformers refuses it: {reason}. Correct the value or leave it out."

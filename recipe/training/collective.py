@@ -43,17 +43,26 @@ def check_all_answer(device: torch.device) -> None:
         return
     store, rank = _get_default_store(), dist.get_rank()
     store.set(key("here", rank), socket.gethostname())
-    counted = torch.ones(1, device=device)
-    began = time.monotonic()
-    work = dist.all_reduce(counted, async_op=True)
-    while not work.is_completed():
-        if time.monotonic() - began > _PATIENCE:
-            leave(f"the processes do not all answer within {_PATIENCE:.0f} s: {_missing()}")
-        time.sleep(0.01)
-    work.wait()
-    if int(counted) != dist.get_world_size():
-        raise RunFailed(f"{dist.get_world_size()} processes add up to {int(counted)}.")
-    store.set(key("answered", rank), "yes")
+    found: list[float | BaseException] = []
+
+    def count() -> None:
+        counted = torch.ones(1, device=device)
+        try:
+            dist.all_reduce(counted)
+            found.append(counted.item())
+        except RuntimeError as error:
+            found.append(error)
+
+    # NCCL connects within its first operation, which no other way leaves.
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if not found:
+        leave(f"the processes do not all answer within {_PATIENCE:.0f} s: {_missing()}")
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    if found[0] != dist.get_world_size():
+        raise RunFailed(f"{dist.get_world_size()} processes add up to {found[0]}.")
 
 
 def check_seen_by_all(folder: Path) -> None:

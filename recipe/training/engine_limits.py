@@ -57,6 +57,13 @@ def _of_any(settings: Settings, engine: Engine) -> Iterator[Problem]:
             f"its scaler looks at whole gradients, and {engine.name} has parts. Use "
             "training.bf16=true training.fp16=false, or start with launch/ddp.yaml.",
         )
+    start = settings.lora.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        yield Problem(
+            "lora.init_lora_weights",
+            f"{start} is taken out of a base that {engine.name} has not placed yet, or cuts. Leave "
+            "it out, or start with launch/ddp.yaml.",
+        )
     if training.get("torch_compile"):
         yield Problem(
             "training.torch_compile",
@@ -74,9 +81,3 @@ def _of_cut_weights(settings: Settings, engine: Engine) -> Iterator[Problem]:
     for key in _WHOLE_MODULES:
         if settings.lora.get(key):
             yield Problem(f"lora.{key}", f"needs weights whole, and {engine.name} cuts. {instead}")
-    start = settings.lora.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
-        yield Problem(
-            "lora.init_lora_weights",
-            f"{start} is taken out of the base's weights, and {engine.name} cuts them. {instead}",
-        )

@@ -45,9 +45,14 @@ def faults_told(run: Path) -> Iterator[None]:
                 f"{run} could not be written to: {reason} ({_free(run)}). What was saved before is "
                 f"whole. Put that right; then: {how_to_continue(run)}"
             ) from error
+        if out_of_memory(error):
+            raise RunFailed(
+                f"{run}: out of memory outside of a step ({first_line(error)}). Use more "
+                "processes with launch/fsdp2.yaml, model.quantization, or a smaller model."
+            ) from error
         if _of_a_worker(error):
             raise RunFailed(
-                f"a data worker was killed ({_one_line(error)}), mostly by the system for want of "
+                f"a data worker was killed ({first_line(error)}), mostly by the system for want of "
                 "memory. Free some, or do without: "
                 f"{how_to_continue(run, 'training.dataloader_num_workers=0')}"
             ) from error
@@ -104,7 +109,7 @@ def _not_written(error: Exception) -> str:
     """Why a file could not be written; empty for other errors."""
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in _NOT_WRITABLE else ""
-    text = _one_line(error)
+    text = first_line(error)
     # torch.save tells no reason.
     if any(words in text for words in ("PytorchStreamWriter", "inline_container", "iostream")):
         return "torch could not write a file, as when a disk is full"
@@ -118,5 +123,5 @@ def _free(run: Path) -> str:
         return "no longer there"
 
 
-def _one_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200].rstrip(".")

@@ -85,7 +85,8 @@ class FreshFolder:
         """Take away what the run has written, and nothing else."""
         for name in ("settings.yaml", "manifest.json", "metrics.jsonl"):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        for name in ("tensorboard", "logs", ".rehearsal.partial"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         if self.made:
             with suppress(OSError):  # something else is in it
                 self.path.rmdir()
@@ -136,7 +137,7 @@ class Rehearse(TrainerCallback):
     ) -> None:
         try:
             self._rehearse()
-        except RunFailed:
+        except (RunFailed, RuntimeError, OSError):
             if self._fresh:
                 self._fresh.remove()
             raise

@@ -35,7 +35,7 @@ class OutputHead:
 
     Args:
         autocast: the dtype that mixed precision computes in; None where the weights' own is used.
-        device: ``cpu`` or ``cuda`` decides on the size of a chunk; None is that of the weights.
+        device: ``cpu`` or ``cuda`` decides on the size of a chunk; None is where it computes.
         whole: let the model apply a frozen head as ever, too.
     """
 
@@ -51,7 +51,7 @@ class OutputHead:
         head = self._model.get_output_embeddings()
         self._frozen = head if _applies_alone(head) and not whole else None
         self._dtype = autocast
-        self._device = device or head.weight.device.type
+        self._device = device
         self._scale: float | None = None
 
     def assume_unscaled(self) -> None:
@@ -98,12 +98,13 @@ class OutputHead:
             if self._scale is None:  # once: it waits for the device
                 self._scale = _scale(weight)
             nll: torch.Tensor = _ChunkedNLL.apply(  # type: ignore[no-untyped-call]
-                output, weight, bias, labels, self._scale, self._chunk_rows(len(weight))
+                output, weight, bias, labels, self._scale, self._chunk_rows(len(weight), output)
             )
         return nll
 
-    def _chunk_rows(self, vocabulary: int) -> int:
-        at_once = _LOGITS_AT_ONCE.get(self._device, _LOGITS_AT_ONCE["cuda"])
+    def _chunk_rows(self, vocabulary: int, output: torch.Tensor) -> int:
+        device = self._device or output.device.type
+        at_once = _LOGITS_AT_ONCE.get(device, _LOGITS_AT_ONCE["cuda"])
         return max(at_once // vocabulary // KEPT_MULTIPLE, 1) * KEPT_MULTIPLE
 
 

@@ -1,6 +1,5 @@
 """Who of several processes no longer answers: a hang ends, and with a message."""
 
-import atexit
 import socket
 import threading
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from recipe.settings import RunFailed
 from recipe.training.arguments import of_other_processes
@@ -39,15 +38,22 @@ class Heartbeat(TrainerCallback):
         self._moved = 0.0
         self._ended = threading.Event()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._beat(state)
+    @contextmanager
+    def watching(self, timeout: float) -> Iterator[None]:
+        """From before the first step to behind the last collective operation.
+
+        Args:
+            timeout: seconds, ``training.ddp_timeout``.
+        """
+        self._moved = time.monotonic()
         watch = threading.Thread(
-            target=self._watch, args=(args.ddp_timeout * _BEFORE_THE_ENGINE,), daemon=True
+            target=self._watch, args=(timeout * _BEFORE_THE_ENGINE,), daemon=True
         )
         watch.start()
-        atexit.register(stop_watching, watch, self._ended)
+        try:
+            yield
+        finally:
+            stop_watching(watch, self._ended)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self._beat(state)
@@ -62,7 +68,7 @@ class Heartbeat(TrainerCallback):
         self._beat(state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self._ended.set()
+        self._beat(state)
 
     def _beat(self, state: TrainerState) -> None:
         self._moved, self._step = time.monotonic(), state.global_step

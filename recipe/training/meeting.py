@@ -5,6 +5,7 @@ word, for as long as training.ddp_timeout says and longer.
 """
 
 import atexit
+import hashlib
 import os
 import socket
 import sys
@@ -20,6 +21,7 @@ from recipe.training.arguments import of_other_processes, world_size
 
 _PATIENCE = 10.0  # seconds until it is said who is waited for
 _GRACE = 5.0  # seconds for a process to find by itself what has ended another
+_TOLD_SOON = 3.0  # seconds that processes of one host may be apart
 _SHOWN_CHARACTERS = 400
 
 
@@ -72,7 +74,25 @@ def explained(error: Exception) -> Exception:
     if of_other_processes(error):
         return RunFailed(word_of_others() or f"another process no longer answers ({error}).")
     _say_left(error)
+    if isinstance(error, UserError):
+        error.told_here = _tells(str(error))
     return error
+
+
+def _tells(text: str) -> bool:
+    """Whether this process tells a mistake: the first of its host does, and another one what that
+    one does not find.
+    """
+    name = f"recipe/mistake/{os.environ.get('GROUP_RANK', '0')}/{_hash(text)}"
+    with suppress(Exception):  # the store may be gone
+        store = _torchruns_store()
+        if store is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            store.set(name, "told")
+            return True
+        if store is not None:
+            store.wait([name], timedelta(seconds=_TOLD_SOON))
+            return False
+    return True
 
 
 def word_of_others() -> str | None:
@@ -120,6 +140,10 @@ def _torchruns_store() -> Store | None:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_PATIENCE))
     return PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _rank() -> int:

@@ -17,6 +17,7 @@ from recipe.model.lora import save_portable
 from recipe.model.shards import adapter_parameters, local, set_whole, whole_adapter
 from recipe.training.arguments import autocast_dtype
 from recipe.training.checkpoints import ADAPTER
+from recipe.training.engine import asked_engine, check_running
 from recipe.training.trainer import TokenWeightedTrainer
 
 _SCHEDULER = "scheduler.pt"
@@ -54,6 +55,7 @@ class ShardedTrainer(TokenWeightedTrainer):
         """
         self._prepare_for_training(self.state.max_steps, self.get_train_dataloader(), None)
         self._load_adapter(best or checkpoint)
+        check_running(self, asked_engine())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Gather the adapter, nothing else; the first process writes it."""
@@ -80,8 +82,10 @@ class ShardedTrainer(TokenWeightedTrainer):
         optimizer = self._own_optimizer()
         for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
             group.update(values)
+        # As in torch's own load_state_dict: fused code reads the count of steps where it computes.
+        fused = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
         for part, states in zip(self._parts(), saved["states"], strict=True):
-            optimizer.state[part] = _like(part, states)
+            optimizer.state[part] = _like(part, states, steps_too=fused)
         scheduler = torch.load(checkpoint / _SCHEDULER, weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
 
@@ -130,14 +134,17 @@ def _plain(states: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _like(part: torch.Tensor, states: dict[str, Any]) -> dict[str, Any]:
+def _like(part: torch.Tensor, states: dict[str, Any], *, steps_too: bool) -> dict[str, Any]:
     """Saved states of ``part`` as its optimizer keeps them: where it does, and cut as it is."""
     own = local(part)
-    found = {}
+    found = dict(states)
     for name, value in states.items():
-        found[name] = value
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape == own.shape:
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.dim() and value.shape == own.shape:
             found[name] = _cut(part, value.to(own.device))
+        elif steps_too:
+            found[name] = value.to(own.device)
     return found
 
 

@@ -192,7 +192,7 @@ class TokenWeightedTrainer(Trainer):
                     output = model(**inputs).logits[0]
                 nll = self._head.nll(output, labels)
                 del output
-            self._backward(nll.sum() / count_trained(labels))
+            self._backward(nll.sum() / count_trained(labels).clamp(min=1))
         return tokens
 
     def _rehearsed(self) -> Any:

@@ -191,24 +191,29 @@ def orphans(folder):
     raise AssertionError(f"processes of {folder} go on")
 
 
-def test_another_engine_does_not_go_on(one):
-    command, environment = launch("ddp", 2)
-    done = subprocess.run(
-        [
-            *command,
-            "--config",
-            str(one / "settings.yaml"),
-            f"training.resume_from_checkpoint={one / 'checkpoint-20'}",
-        ],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode
-    said = done.stdout + done.stderr
-    assert said.count("is finished: its adapter is there") == 1 or "began with single" in said
+def test_another_engine_does_not_go_on(finished, tmp_path):
+    engine, processes, whole, _ = finished
+    if processes != 2:
+        pytest.skip("the number of processes is told first")
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "adapter")
+    other = "fsdp2" if engine == "ddp" else "ddp"
+    resume = f"training.resume_from_checkpoint={folder}"
+    process = start(other, processes, folder / "settings.yaml", resume)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode
+    line = f"accelerate launch: asks for {other}, but {folder} began with {engine}, and its "
+    assert said.count(line) == 1, said
+
+
+def test_processes_without_rows_train_with_those_that_have_some(config, one, tmp_path):
+    """Nine rows in one micro-batch: the second process has none."""
+    few = ["training.per_device_train_batch_size=9", "training.gradient_accumulation_steps=2"]
+    folders = [tmp_path / "alone", tmp_path / "both"]
+    run("single", 1, config, *few, f"training.output_dir={folders[0]}")
+    run("ddp", 2, config, *few, f"training.output_dir={folders[1]}")
+    assert apart(folders[1] / "adapter", folders[0] / "adapter") < 1e-5
 
 
 def test_fsdp2_on_a_cpu_is_refused_in_one_line(config, tmp_path):

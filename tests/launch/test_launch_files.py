@@ -9,6 +9,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from recipe.settings import load_settings
+from recipe.training.arguments import accumulation
+from recipe.training.engine import Engine
+from recipe.training.engine_limits import limits
 from tests.launch.fake_slurm import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -63,6 +66,8 @@ def test_what_is_sharded_is_spelt_as_accelerate_spells_it(file):
 def test_it_names_nothing_that_belongs_to_the_config(file):
     text = file.read_text()
     assert text.count(ALLOWED) == 1
+    for config in (REPOSITORY / "configs").glob("*.yaml"):  # which may be named after it
+        text = text.replace(config.name, "")
     assert not OF_THE_CONFIG.findall(text.replace(ALLOWED, ""))
 
 
@@ -95,7 +100,7 @@ def test_several_machines_differ_in_the_machines_alone(strategy):
 
 
 @pytest.mark.parametrize("file", ACCELERATE, ids=named)
-def test_the_command_in_its_head_starts_it(file):
+def test_the_command_in_its_head_starts_it(file, monkeypatch):
     head = re.sub(r" \\\n#", "", file.read_text())
     (command,) = re.findall(r"^# accelerate (launch .*)", head, re.M)
     assert head.splitlines().index(f"# accelerate {command}") <= 1
@@ -104,7 +109,12 @@ def test_the_command_in_its_head_starts_it(file):
     assert parsed.config_file == f"launch/{file.name}"
     assert parsed.training_script == "recipe/train.py"
     config, *overrides = parsed.training_script_args[1:]
-    load_settings(config, overrides)
+    settings = load_settings(config, overrides)
+    # Of what an engine does otherwise the config asks nothing, and its batch can be divided.
+    monkeypatch.setenv("WORLD_SIZE", str(parsed.num_processes or 1))
+    engine = Engine(next((name for name in STRATEGIES if file.name.startswith(name)), "single"))
+    assert list(limits(settings, engine, on_cpu=file.name == "cpu.yaml")) == []
+    assert accumulation(settings.training) >= 1
 
 
 def test_readme_and_folder_name_the_same_files():

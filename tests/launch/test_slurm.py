@@ -260,3 +260,12 @@ def test_accelerate_makes_of_it_what_torchrun_is_asked_for(slurm, monkeypatch, n
     assert (torchrun.nproc_per_node, torchrun.rdzv_id) == ("1", JOB)
     assert (torchrun.rdzv_backend, torchrun.rdzv_endpoint) == ("c10d", "n1:24711")
     assert torchrun.rdzv_conf == f"is_host={int(nodes == '1')}"
+
+
+def test_a_job_that_is_submitted_again_asks_for_what_it_was_given(slurm):
+    """train.py says what of it the run that goes on did not begin with."""
+    leave(slurm, "settings.yaml", "checkpoint-7")
+    arguments = ["lora_alpaca.yaml", "training.num_train_epochs=5", "--allow-changed"]
+    assert slurm.run(*arguments, RUN=RUN) == (0, "")
+    asked = ["--config", *arguments, f"training.resume_from_checkpoint={RUN}"]
+    assert [of_training(call) for call in slurm.calls()] == 2 * [asked]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed import TCPStore
 
 from recipe.exit_codes import run_command
 from recipe.sealed import SEAL
@@ -15,6 +16,7 @@ from recipe.training.engine import Engine, asked_engine, check_running, load_eng
 from recipe.training.engine_limits import limits
 from recipe.training.faults import how_to_continue
 from recipe.training.machine import check_machine
+from recipe.training.meeting import explained
 from tests.conftest import REPOSITORY
 from tests.refusal import problems
 
@@ -106,8 +108,8 @@ REFUSED = {
     "8-bit Adam": (["training.optim=adamw_8bit"], "training.optim", SHARDING),
     "QLoRA": ([NF4], "model.quantization", CUTTING),
     "DoRA": (["lora.use_dora=true"], "lora.use_dora", CUTTING),
-    "PiSSA": (["lora.init_lora_weights=pissa"], "lora.init_lora_weights", CUTTING),
-    "OLoRA": (["lora.init_lora_weights=olora"], "lora.init_lora_weights", CUTTING),
+    "PiSSA": (["lora.init_lora_weights=pissa"], "lora.init_lora_weights", SHARDING),
+    "OLoRA": (["lora.init_lora_weights=olora"], "lora.init_lora_weights", SHARDING),
     "a whole module": (["lora.modules_to_save=[lm_head]"], "lora.modules_to_save", CUTTING),
     "tokens": (["lora.trainable_token_indices=[1]"], "lora.trainable_token_indices", CUTTING),
 }
@@ -312,12 +314,24 @@ def test_a_run_goes_on_as_it_was_started(launched, tmp_path, case):
 
 
 def test_the_first_process_of_a_host_tells_a_mistake(launched, capsys):
-    def mistaken():
-        raise UserError.single("data.path", "is not there.")
+    """Another one only what the first does not find."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)  # as torchrun's
+    everyone = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
-    said = {}
-    for rank in ("0", "1"):
-        launched({"LOCAL_RANK": rank})
+    def said(rank, message):
+        launched({**everyone, "RANK": rank, "LOCAL_RANK": rank})
+
+        def mistaken():
+            raise explained(UserError.single("data.path", message))
+
         assert run_command(mistaken) == 2
-        said[rank] = capsys.readouterr().err
-    assert said == {"0": "data.path: is not there.\n", "1": ""}
+        return capsys.readouterr().err
+
+    assert said("0", "is not there.") == "data.path: is not there.\n"
+    assert said("1", "is not there.") == ""
+    assert said("1", "is here alone.") == "data.path: is here alone.\n"
