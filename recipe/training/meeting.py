@@ -113,8 +113,8 @@ def _say_left(error: Exception) -> None:
         if store is not None and str(error):
             ours = isinstance(error, RunFailed | UserError)
             kind = "" if ours else f"{type(error).__name__}: "
-            said = f"rank {_rank()} on {socket.gethostname()} has ended. {kind}{error}"
-            store.set("recipe/left", said[:_SHOWN_CHARACTERS])
+            said = f"rank {_rank()} on {socket.gethostname()} has ended. {kind}{error}".rstrip(".")
+            store.set("recipe/left", f"{said[:_SHOWN_CHARACTERS]}.")
 
 
 def _end_with_others(store: Store, over: threading.Event) -> None:

@@ -41,7 +41,8 @@ class Pace(TrainerCallback):
         steps = steps_of(
             train_dataloader, steps=state.max_steps, accumulation=args.gradient_accumulation_steps
         )
-        counts = (sum(lengths[place] for rows in step for place in rows) for step in steps)
+        # Where no rows are left for this process it computes one token.
+        counts = (sum(sum(lengths[at] for at in rows) or 1 for rows in step) for step in steps)
         self._tokens = list(accumulate(counts, initial=0))
         self._first = state.global_step + 1
 
