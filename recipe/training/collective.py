@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -191,10 +190,13 @@ def leave(message: str) -> NoReturn:
 
 
 def _told() -> str | None:
-    def ask() -> str:
-        store = _get_default_store()
-        store.wait(["recipe/told"], timedelta(seconds=_TOLD_AGAIN))
-        return str(store.get("recipe/told").decode())
+    def ask() -> str | None:
+        store, until = _get_default_store(), time.monotonic() + _TOLD_AGAIN
+        while time.monotonic() < until:
+            if store.check(["recipe/told"]):
+                return str(store.get("recipe/told").decode())
+            time.sleep(0.1)
+        return None
 
     told: str | None = at_once(ask)
     return told

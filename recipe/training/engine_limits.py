@@ -64,11 +64,6 @@ def _of_any(settings: Settings, engine: Engine) -> Iterator[Problem]:
             f"{start} is taken out of a base that {engine.name} has not placed yet, or cuts. Leave "
             "it out, or start with launch/ddp.yaml.",
         )
-    if training.get("torch_compile"):
-        yield Problem(
-            "training.torch_compile",
-            f"is not done under {engine.name}. Leave it out, or start with launch/ddp.yaml.",
-        )
 
 
 def _of_cut_weights(settings: Settings, engine: Engine) -> Iterator[Problem]:

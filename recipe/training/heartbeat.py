@@ -1,5 +1,6 @@
 """Who of several processes no longer answers: a hang ends, and with a message."""
 
+import signal
 import socket
 import threading
 import time
@@ -101,6 +102,9 @@ def loss_told(folder: Path) -> Iterator[None]:
     except RuntimeError as error:
         if not of_other_processes(error):
             raise
+        # torchrun sends it as soon as a process has ended, and gives the others 30 s to end.
+        with suppress(ValueError):  # heard by a main thread only
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         text = " ".join(str(error).split())
         why = word_of_others() or (
             f"another process no longer answers: {_slowest()} ({_shortened(text)})."

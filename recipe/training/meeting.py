@@ -7,6 +7,7 @@ word, for as long as training.ddp_timeout says and longer.
 import atexit
 import hashlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -72,6 +73,8 @@ def explained(error: Exception) -> Exception:
     ended, what that one said.
     """
     if of_other_processes(error):
+        with suppress(ValueError):  # as in heartbeat.loss_told
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return RunFailed(word_of_others() or f"another process no longer answers ({error}).")
     _say_left(error)
     if isinstance(error, UserError):
@@ -89,9 +92,11 @@ def _tells(text: str) -> bool:
         if store is not None and os.environ.get("LOCAL_RANK", "0") == "0":
             store.set(name, "told")
             return True
-        if store is not None:
-            store.wait([name], timedelta(seconds=_TOLD_SOON))
-            return False
+        until = time.monotonic() + _TOLD_SOON
+        while store is not None and time.monotonic() < until:
+            if store.check([name]):
+                return False
+            time.sleep(0.1)
     return True
 
 

@@ -21,8 +21,7 @@ class _EvenShare(BatchSampler):
     """
 
     def __init__(self, batch_sampler: BatchSampler, *, processes: int, process: int) -> None:
-        # By these names accelerate sets the sampler's epoch; in its own deal it finds none where a
-        # resumed epoch begins with batches to skip, and deals the first epoch's order again.
+        # By these names accelerate finds the sampler whose epoch it sets, behind a skip too.
         self.batch_sampler = batch_sampler
         self.sampler = batch_sampler.sampler
         self.batch_size = batch_sampler.batch_size

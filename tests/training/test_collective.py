@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -23,6 +24,7 @@ from recipe.training.heartbeat import loss_told
 from tests.conftest import REPOSITORY
 
 HOST = socket.gethostname()
+PATIENCE = 120
 TORCHRUN = [
     str(Path(sys.executable).with_name("torchrun")),
     *("--standalone", "--nproc_per_node", "2", "tests/training/several.py"),
@@ -50,10 +52,12 @@ def launch(folder, *modes):
         start_new_session=True,
     )
     try:
-        screen, _ = launcher.communicate(timeout=120)
+        screen, _ = launcher.communicate(timeout=PATIENCE)
     finally:
         if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
+            # torchrun starts each process as the leader of a group of its own.
+            for process in (*psutil.Process(launcher.pid).children(), launcher):
+                os.kill(process.pid, signal.SIGKILL)
             launcher.wait()
     return launcher.returncode, screen, time.monotonic() - started
 
@@ -202,6 +206,7 @@ def store(monkeypatch):
     for module in (collective, heartbeat):
         monkeypatch.setattr(module, "_get_default_store", lambda: shared)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     return shared
