@@ -35,6 +35,14 @@ TOGETHER = (
 )
 
 
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """A process whose others are gone hears no SIGTERM any more; this one shall."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def launch(folder, *modes):
     """Run ``modes`` in two processes.
 
