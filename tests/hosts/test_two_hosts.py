@@ -29,9 +29,7 @@ def command(folder, *more):
 @pytest.mark.parametrize("processes", ["2", "4"])
 def test_a_run_that_lost_a_host_ends_as_if_it_had_not(hosts, tmp_path, processes):
     result = subprocess.run(
-        command(
-            tmp_path, "--patience", "30" if processes == "2" else "5", "--processes", processes
-        ),
+        command(tmp_path, "--processes", processes),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

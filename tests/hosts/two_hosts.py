@@ -51,7 +51,9 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, choices=(2, 4), default=2, help="on both together")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds for a host to notice")
+    parser.add_argument(
+        "--patience", type=float, default=180.0, help="seconds for a host to notice"
+    )
     parser.add_argument("--folder", default=tempfile.gettempdir())
     return parser.parse_args()
 
