@@ -120,7 +120,6 @@ def finetune(
     pace = Pace(_speaker(main_process=os.environ.get("RANK", "0") == "0"))
     prepared = _prepare(settings, [*watchers, pace, *([memory] if memory else [])])
     arguments, trainer, log = prepared.arguments, prepared.trainer, prepared.log
-    check_all_alike(_alike(settings, prepared))
     changed = _check_same_run(settings, prepared, resumed, allow_changed=allow_changed)
     made = not planned_folder(settings).exists()
     folder = _run_folder(settings, resumed)
@@ -137,7 +136,6 @@ def finetune(
             _describe(run, folder)
         # PiSSA and OLoRA took their start out of the base; only with it is the base whole.
         base_says = says(run) if prepared.initial else None
-        trainer.add_callback(CheckEngine(trainer, prepared.engine))
         _begin(settings, prepared, resumed, changed, say)
         if rehearse:
             fresh = FreshFolder(folder, made=made) if resumed is None else None
@@ -149,9 +147,8 @@ def finetune(
                 told = forecasts_told(run, memory, pace, folder)
             keep(run, trainer, log, folder, initial=prepared.initial, base_says=base_says)
     seconds = time.perf_counter() - started
-    before = log.first_perplexity
-    ended = conclusion(run, log, folder, before=before, after=after, seconds=seconds, memory=told)
-    say("\n".join(ended))
+    perplexities = {"before": log.first_perplexity, "after": after}
+    say("\n".join(conclusion(run, log, folder, **perplexities, seconds=seconds, memory=told)))
     prepared.stop.stop_if_received(f"The run is finished, and {folder / 'adapter'} is saved.")
     return folder
 
@@ -225,7 +222,9 @@ def _prepare(settings: Settings, watchers: Sequence[TrainerCallback]) -> _Prepar
     )
     if not settings.training.get("resume_from_checkpoint"):
         check_space(arguments, model, planned_folder(settings), rows=len(data.train.rows))
-    return _Prepared(arguments, data, trainer, log, stop, base_sha256, engine, initial)
+    prepared = _Prepared(arguments, data, trainer, log, stop, base_sha256, engine, initial)
+    check_all_alike(_alike(settings, prepared))
+    return prepared
 
 
 @contextmanager
@@ -302,6 +301,7 @@ def _begin(
 ) -> None:
     """Say where the run begins, and the held-out perplexity before step 1."""
     trainer, log = prepared.trainer, prepared.log
+    trainer.add_callback(CheckEngine(trainer, prepared.engine))
     if resumed is None:
         if prepared.engine.shards:  # only training puts the model where it computes
             trainer.add_callback(OnTrainBegin(partial(_evaluate_first, trainer, say)))
