@@ -4,6 +4,7 @@ import errno
 import os
 import shlex
 import shutil
+import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ def faults_told(run: Path) -> Iterator[None]:
         RunFailed: a file of the run could not be written, or a data worker was killed.
     """
     try:
-        yield
+        with _no_more_of_workers():
+            yield
     except (OSError, EOFError, SafetensorError, RuntimeError) as error:
         reason = _not_written(error)
         if reason:
@@ -56,6 +58,22 @@ def faults_told(run: Path) -> Iterator[None]:
                 "memory. Free some, or do without: "
                 f"{how_to_continue(run, 'training.dataloader_num_workers=0')}"
             ) from error
+        raise
+
+
+@contextmanager
+def _no_more_of_workers() -> Iterator[None]:
+    """Once a run fails, a dead worker no longer raises.
+
+    torch's handler of SIGCHLD raises wherever Python happens to be: a broken connection to a worker
+    can be known, and on its way to the screen, before the signal arrives.
+    """
+    try:
+        yield
+    except Exception:
+        # SIG_DFL would have Python write about a signal "ignored due to race condition".
+        if callable(signal.getsignal(signal.SIGCHLD)):
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
         raise
 
 
