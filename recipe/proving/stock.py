@@ -162,21 +162,31 @@ def stock_gradients(
     rows_per_step: int,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
+    own_loss: bool = False,
 ) -> list[Gradients]:
-    """Gradient of stock code for each window of rows, at the adapter's initial values."""
+    """Gradient of stock code for each window of rows, at the adapter's initial values; see
+    ``window_gradients``.
+    """
     model = stock_model(settings, adapter, dtype=dtype, attn_implementation=attn_implementation)
-    return window_gradients(model, rows, rows_per_step=rows_per_step)
+    return window_gradients(model, rows, rows_per_step=rows_per_step, own_loss=own_loss)
 
 
 def window_gradients(
-    model: PeftModel, rows: Sequence[Any], *, rows_per_step: int
+    model: PeftModel, rows: Sequence[Any], *, rows_per_step: int, own_loss: bool = False
 ) -> list[Gradients]:
-    """Of the stock model's own loss, for each window of padded rows."""
+    """Of the stock model's mean loss, for each window of padded rows.
+
+    Args:
+        own_loss: take the model's own, which is float32 even of a float64 model, in place of
+            torch's in float64 of its logits. ``make bench-exactness`` shows what that costs.
+    """
     windows = [rows[i : i + rows_per_step] for i in range(0, len(rows), rows_per_step)]
     steps = []
     for window in windows:
         model.zero_grad()
-        model(**padded(window, _pad(model), device=model.device)).loss.backward()
+        batch = padded(window, _pad(model), device=model.device)
+        loss = model(**batch).loss if own_loss else _token_losses(model, batch).mean()
+        torch.autograd.backward(loss)
         steps.append(gradients(model))
     model.zero_grad()
     return steps
@@ -186,13 +196,17 @@ def stock_nll(model: PeftModel, rows: Sequence[Any]) -> torch.Tensor:
     """Negative log-likelihood in nats of each trained token of padded rows, row by row, in
     float64 (tokens,) on the CPU.
     """
-    batch = padded(rows, _pad(model), device=model.device)
-    labels = batch.pop("labels")[:, 1:]
     with torch.no_grad():
-        logits = model(**batch).logits[:, :-1]
+        batch = padded(rows, _pad(model), device=model.device)
+        return _token_losses(model, batch).cpu()
+
+
+def _token_losses(model: PeftModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    labels = batch["labels"][:, 1:]
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs).logits[:, :-1]
     trained = labels != _IGNORED
-    nll = F.cross_entropy(logits[trained].float(), labels[trained], reduction="none")
-    return nll.double().cpu()
+    return F.cross_entropy(logits[trained].double(), labels[trained], reduction="none")
 
 
 def _pad(model: PeftModel) -> int:

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import TrainerCallback
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from recipe.data.batch import IGNORED, KEPT_MULTIPLE
 from recipe.data.tokens import TokenizedRow
@@ -122,8 +122,8 @@ class FirstMicroBatch(TrainerCallback):
     """The loss of the first rows as one micro-batch of the run, before its first step.
 
     ``nll`` is float64 (trained tokens,), row by row. ``chunked`` is the largest relative difference
-    between the loss in chunks of a few positions and the plain one, the same from stock's loss; of
-    each the NLLs or their mean, and the gradient of the hidden states. None where this head has no
+    between the loss in chunks of a few positions and the plain one, the same from torch's in
+    float64; of each the NLLs and the gradient of the hidden states. None where this head has no
     loss in chunks. ``positions`` and ``chunks`` say how many there were.
     """
 
@@ -171,12 +171,10 @@ class FirstMicroBatch(TrainerCallback):
             self.chunks = -(-len(labels) // size)
         nll = token_nll(weight(hidden), labels)
         plain = with_gradient(nll, nll.sum() / count)
-        mean = ForCausalLMLoss(
-            weight(hidden), labels, vocab_size=weight.weight.shape[0], shift_labels=labels
-        )
-        stock = with_gradient(mean, mean)
-        chunked_mean = [chunked[0].sum() / count, chunked[1]]
-        return _largest(chunked, plain), _largest(chunked_mean, stock)
+        # transformers' own loss is float32, whose gradient misses this by more than we do.
+        nll = F.cross_entropy(weight(hidden).double(), labels, reduction="none")
+        torch_s = with_gradient(nll, nll.sum() / count)
+        return _largest(chunked, plain), _largest(chunked, torch_s)
 
 
 def _largest(ours: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:

@@ -20,11 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from recipe.data.batch import IGNORED, KEPT_MULTIPLE
 from recipe.model.shards import whole
-from recipe.training.loss import token_nll
+from recipe.training.loss import logit_gradient, nll_in_place, token_nll
 
-# Logits of one chunk, which are held twice. Fewer would starve the matrix
-# product, more leave the cache of a CPU for nothing.
-_LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**25}
+# Logits of one chunk. Fewer would starve the matrix product, more take memory for nothing.
+_LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**25}
 
 
 class OutputHead:
@@ -140,14 +139,14 @@ class _ChunkedNLL(torch.autograd.Function):
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden, dtype=torch.float32) if needed else None
+        rows = _even(len(labels), rows)
+        space = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(labels), rows):
             chunk = slice(start, start + rows)
-            logits = F.linear(hidden[chunk].to(weight.dtype), weight, bias).float()
-            log_p = logits.log_softmax(-1)
-            del logits
-            nll[chunk] = F.nll_loss(log_p, labels[chunk], reduction="none", ignore_index=IGNORED)
+            logits = _project(hidden[chunk], weight, bias, space)
+            nll[chunk], likely, total = nll_in_place(logits, labels[chunk])
             if gradient is not None:
-                slope = _logit_gradient(log_p, labels[chunk]).mul_(scale).to(weight.dtype)
+                slope = logit_gradient(likely, total, labels[chunk], scale).to(weight.dtype)
                 gradient[chunk] = slope @ weight
                 gradient[chunk].masked_fill_((labels[chunk] == IGNORED)[:, None], 0)
         if gradient is not None:
@@ -163,13 +162,23 @@ class _ChunkedNLL(torch.autograd.Function):
         return (gradient * outer[:, None]).to(ctx.dtype), None, None, None, None, None
 
 
-def _logit_gradient(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of the summed NLL, softmax - one-hot, float32 (rows, vocabulary), in the memory of ``log_p``.
+def _even(positions: int, most: int) -> int:
+    """Positions of a chunk, so that the last one is not much shorter than the others."""
+    chunks = max(-(-positions // most), 1)
+    return -(-positions // (chunks * KEPT_MULTIPLE)) * KEPT_MULTIPLE
 
-    What it says of ignored rows means nothing.
+
+def _project(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, space: torch.Tensor
+) -> torch.Tensor:
+    """Logits, float32 (rows, vocabulary), in the memory of ``space``, which has as many rows or
+    more.
     """
-    places = labels.clamp(min=0)[:, None]
-    return log_p.exp_().scatter_add_(1, places, log_p.new_full(places.shape, -1))
+    logits = space[: len(hidden)]
+    if weight.dtype != torch.float32:
+        return logits.copy_(F.linear(hidden.to(weight.dtype), weight, bias))
+    torch.mm(hidden.to(weight.dtype), weight.T, out=logits)
+    return logits if bias is None else logits.add_(bias)
 
 
 def _scale(weight: torch.Tensor) -> float:

@@ -1,6 +1,6 @@
 """The per-token negative log-likelihood, and the Trainer's loss made of it.
 
-``recipe.training.head`` computes the same in chunks, and gives its gradient in closed form.
+``recipe.training.head`` computes the same in chunks.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from recipe.data.batch import IGNORED
 
@@ -24,7 +24,67 @@ def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 (K,), zero where ignored.
     """
-    return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORED)
+    nll: torch.Tensor = _TokenNLL.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return nll
+
+
+class _TokenNLL(torch.autograd.Function):
+    """(K, vocabulary) → (K,)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        nll, likely, total = nll_in_place(logits.to(torch.float32, copy=True), labels)
+        if ctx.needs_input_grad[0]:
+            slope = logit_gradient(likely, total, labels)
+            ctx.save_for_backward(slope.masked_fill_((labels == IGNORED)[:, None], 0))
+            ctx.dtype = logits.dtype
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # Here the fp16 scaler's factor arrives: nothing was rounded to 16 bits without it.
+        (slope,) = ctx.saved_tensors
+        return (slope * outer[:, None]).to(ctx.dtype), None
+
+
+def nll_in_place(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """NLL, and what ``logit_gradient`` needs.
+
+    Args:
+        logits: float32 (K, vocabulary), overwritten.
+        labels: int64 (K,).
+
+    Returns:
+        float32: the NLL (K,), zero where ignored; the numerators of the softmax (K, vocabulary), in
+        the memory of ``logits``; its denominators (K, 1).
+    """
+    top = logits.amax(-1, keepdim=True)
+    own = logits.gather(1, labels.clamp(min=0)[:, None])
+    likely = logits.sub_(top).exp_()
+    total = likely.sum(-1, keepdim=True)
+    nll = (total.log() + (top - own)).squeeze(1)
+    return nll.masked_fill_(labels == IGNORED, 0), likely, total
+
+
+def logit_gradient(
+    likely: torch.Tensor, total: torch.Tensor, labels: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
+    """Gradient of the summed NLL, (softmax - one-hot) · scale, in the memory of ``likely``.
+
+    torch takes exp(log_softmax) for the softmax, and the log-sum's rounding, 1e-5 of it, is in all
+    entries of a row alike: they do not sum to 1, and every hidden state is pushed along the mean of
+    the head's weights. A quotient sums to 1. What that means for LoRA's gradients: ``make
+    bench-exactness``.
+
+    Returns:
+        float32 (K, vocabulary); of ignored rows it means nothing.
+    """
+    places = labels.clamp(min=0)[:, None]
+    slope = likely.mul_(scale / total)
+    return slope.scatter_add_(1, places, slope.new_full(places.shape, -scale))
 
 
 def count_trained(labels: torch.Tensor) -> torch.Tensor:
