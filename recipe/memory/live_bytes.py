@@ -20,6 +20,7 @@ SAVED, RECOMPUTED, LOGITS, GRADIENTS, TEMPORARY = (
 )
 _PRODUCTS = {
     torch.ops.aten.mm.default,
+    torch.ops.aten.mm.out,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._int_mm.default,
