@@ -173,8 +173,8 @@ class FirstMicroBatch(TrainerCallback):
         plain = with_gradient(nll, nll.sum() / count)
         # transformers' own loss is float32, whose gradient misses this by more than we do.
         nll = F.cross_entropy(weight(hidden).double(), labels, reduction="none")
-        torch_s = with_gradient(nll, nll.sum() / count)
-        return _largest(chunked, plain), _largest(chunked, torch_s)
+        exact = with_gradient(nll, nll.sum() / count)
+        return _largest(chunked, plain), _largest(chunked, exact)
 
 
 def _largest(ours: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> float:
