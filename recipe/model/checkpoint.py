@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from recipe.model import attention
+from recipe.model.onednn import keep_few_products
 from recipe.model.quantization import keep_layout
 from recipe.settings import ModelSettings, Problem, UserError, plain
 
@@ -87,6 +88,7 @@ def load_base(settings: ModelSettings, *, weights: bool = True) -> LlamaForCausa
     Raises:
         UserError: no such checkpoint, no Llama architecture, or no safetensors weights.
     """
+    keep_few_products()
     config = load_config(settings)
     _check_index(settings)
     stored = stored_generation_config(settings)  # transformers passes over a broken one

@@ -1,0 +1,18 @@
+"""oneDNN, by which torch computes 16-bit products on a CPU, keeps less of what it compiled."""
+
+import os
+
+# oneDNN's own cache, and that of torch's layer on it.
+_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+# A layer of any Llama with LoRA has up to 23 shapes of products; the next layers have the same.
+_PRODUCTS_KEPT = "32"
+
+
+def keep_few_products() -> None:
+    """Have the code of 32 shapes of products kept, not of 1,024, unless the environment says it.
+
+    Each micro-batch has a length of its own, so those of earlier ones are of no use: 200 lengths
+    took more than a GiB. It counts if called before the first product.
+    """
+    for name in _CACHES:
+        os.environ.setdefault(name, _PRODUCTS_KEPT)
