@@ -4,12 +4,13 @@ import os
 
 # oneDNN's own cache, and that of torch's layer on it.
 _CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-# A layer of any Llama with LoRA has up to 23 shapes of products; the next layers have the same.
-_PRODUCTS_KEPT = "32"
+# A layer of any Llama with LoRA has up to 23 shapes of products, the next layers have the same, and
+# oneDNN makes more than one primitive of some: of 32 the layers push each other out.
+_PRODUCTS_KEPT = "64"
 
 
 def keep_few_products() -> None:
-    """Have the code of 32 shapes of products kept, not of 1,024, unless the environment says it.
+    """Have the code of 64 products kept, not of 1,024, unless the environment says it.
 
     Each micro-batch has a length of its own, so those of earlier ones are of no use: 200 lengths
     took more than a GiB. It counts if called before the first product.
