@@ -12,8 +12,8 @@ _PRODUCTS_KEPT = "64"
 def keep_few_products() -> None:
     """Have the code of 64 products kept, not of 1,024, unless the environment says it.
 
-    Each micro-batch has a length of its own, so those of earlier ones are of no use: 200 lengths
-    took more than a GiB. It counts if called before the first product.
+    Each micro-batch has a length of its own: those of earlier ones are of little use, and a run's
+    memory would grow with each. It counts if called before the first product.
     """
     for name in _CACHES:
         os.environ.setdefault(name, _PRODUCTS_KEPT)
