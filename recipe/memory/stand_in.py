@@ -96,7 +96,7 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 class _FusedDropout(nn.Dropout):
-    """CUDA's own keeps a mask of one byte an element; a CPU's is of the input's dtype."""
+    """As on CUDA; what is there on a CPU takes memory for the bits that it draws."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or not self.p:

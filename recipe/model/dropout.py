@@ -4,9 +4,12 @@ torch draws one number for each element, and generating them shows in a training
 random bits decide on four elements.
 """
 
+from typing import Any
+
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 _LEVELS = 2**16  # the probability is rounded to a multiple of 1 / 65536
 
@@ -25,7 +28,25 @@ class SixteenBitDropout(nn.Dropout):
             return super().forward(x)
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         kept = words.view(torch.int16)[: x.numel()] >= dropped - _LEVELS // 2
-        return x * kept.view(x.shape).to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))
+        factor = _LEVELS / (_LEVELS - dropped)
+        y: torch.Tensor = _Masked.apply(x, kept.view(x.shape), factor)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Masked(torch.autograd.Function):
+    """Keeps one byte an element for the backward pass; a product would keep one of x's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.save_for_backward(kept)
+        ctx.factor = factor
+        return kept.to(x.dtype).mul_(factor).mul_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (kept,) = ctx.saved_tensors
+        return kept.to(outer.dtype).mul_(ctx.factor).mul_(outer), None, None
 
 
 def quicken(model: nn.Module) -> None:

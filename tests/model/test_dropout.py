@@ -26,11 +26,19 @@ def test_distribution(p):
         assert abs(float(both) - p * p) < 5 * error
 
 
-def test_the_gradient_has_the_same_mask():
+def test_the_gradient_has_the_same_factors():
     x = torch.randn(7, 33, requires_grad=True)
     y = SixteenBitDropout(0.3)(x)
     y.sum().backward()
-    torch.testing.assert_close(x.grad * x.detach(), y.detach())
+    assert torch.equal(x.grad * x.detach(), y.detach())
+
+
+def test_one_byte_an_element_is_kept_for_the_backward_pass():
+    kept = []
+    x = torch.randn(7, 33, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda nothing: nothing):
+        SixteenBitDropout(0.3)(x)
+    assert [tensor.untyped_storage().nbytes() for tensor in kept] == [x.numel()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
