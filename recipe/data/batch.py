@@ -46,6 +46,8 @@ def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Ba
         has to say of these rows, and no model sees them;
         ``logits_to_keep``: int64 (K,), positions whose next token is trained, filled up to a
         multiple of ``KEPT_MULTIPLE`` with position 0;
+        ``predicting``: int64 (P,), the positions whose next token is trained, in order and not
+        filled up;
         ``labels``, ``shift_labels``: int64 (K,), the tokens those positions must predict, and
         ``IGNORED`` where filled up. The Trainer counts ``shift_labels`` as they are; from
         ``labels`` alone it would drop the first of each micro-batch, and the mean over the
@@ -80,6 +82,7 @@ def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Ba
         "openings": [one.opening for one in laid],
         "row_indices": [one.row.index for one in laid],
         "logits_to_keep": torch.from_numpy(kept),
+        "predicting": torch.from_numpy(targets - 1),
         "labels": labels,
         "shift_labels": labels,
     }
@@ -99,6 +102,7 @@ def _nothing() -> Batch:
         "openings": [0],
         "row_indices": [],
         "logits_to_keep": torch.zeros(KEPT_MULTIPLE, dtype=torch.int64),
+        "predicting": torch.zeros(0, dtype=torch.int64),
         "labels": labels,
         "shift_labels": labels,
     }

@@ -27,8 +27,9 @@ from recipe.training.head import OutputHead
 from recipe.training.loss import TokenLoss
 
 K = TypeVar("K")
-# Two depths tell any other: each layer keeps, computes and takes the same.
-_DEPTHS = (2, 3)
+# Two depths tell any other: each layer keeps, computes and takes the same but the first, which
+# hands no gradient on, and the last, which computes less. The peak can be in either.
+_DEPTHS = (3, 4)
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def traced(
 ) -> Trace:
     """What the micro-batch ``rows`` takes.
 
-    Layers are alike, so two shallow models are followed and what a layer adds is multiplied; all
-    layers are, where the adapter is not the same in each.
+    Layers are alike but the first and the last, so two shallow models are followed and what a layer
+    between adds is multiplied; all layers are, where the adapter is not the same in each.
 
     Args:
         evaluated: the largest batch of held-out rows.

@@ -15,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recipe.model.dropout import quicken
+from recipe.model.last_layer import end_where_nothing_is_predicted
 from recipe.model.quantization import kind_of
+from recipe.model.swiglu import keep_two_factors
 from recipe.settings import UserError, plain
 
 # These write part of the base's weights into the adapter at its start and change the base.
@@ -62,6 +64,8 @@ def add_lora(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     quicken(model)
+    keep_two_factors(model)
+    end_where_nothing_is_predicted(model)
     # "auto" would ask the hub for the base's vocabulary size at every checkpoint.
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
     check_closed_form(model)

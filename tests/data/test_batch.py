@@ -44,12 +44,14 @@ def test_each_kept_position_predicts_the_next_token_of_its_row():
                 expected.append((start + i - 1, int(tokens.input_ids[i])))
         start += len(tokens)
     assert kept(batch) == expected
+    assert batch["predicting"].tolist() == [position for position, _ in expected]
     assert batch["shift_labels"].tolist() == batch["labels"].tolist()
 
 
 def test_a_trained_first_token_is_not_predicted_from_the_row_before():
     batch = flatten([row(0, [1, 2], [False, True]), row(1, [3, 4], [True, True])])
     assert kept(batch) == [(0, 2), (2, 4)]
+    assert batch["predicting"].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("trained", range(1, 20))
@@ -57,3 +59,10 @@ def test_kept_positions_are_filled_up_with_ignored_ones(trained):
     batch = flatten([row(0, range(30), [False] * (30 - trained) + [True] * trained)])
     assert len(batch["labels"]) % KEPT_MULTIPLE == 0
     assert (batch["labels"] != IGNORED).sum() == len(kept(batch)) == trained
+    assert batch["predicting"].tolist() == list(range(29 - trained, 29))
+
+
+def test_no_rows_are_one_token_that_predicts_nothing():
+    batch = flatten([])
+    assert batch["input_ids"].shape == (1, 1)
+    assert kept(batch) == batch["predicting"].tolist() == []
