@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from recipe.model.lora import add_lora
 from recipe.model.swiglu import keep_two_factors
 
 TOKENS, HIDDEN, WIDE = 37, 24, 56
@@ -112,12 +113,12 @@ def test_another_activation_is_left_alone():
     assert type(model[0]) is LlamaMLP
 
 
-def test_under_an_adapter_every_layer_is_exchanged_and_nothing_renamed(tiny_checkpoint):
-    base = LlamaForCausalLM.from_pretrained(tiny_checkpoint)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-    names = list(model.state_dict())
-    keep_two_factors(model)
+def test_an_adapter_of_the_recipe_has_every_layer_exchanged_and_nothing_renamed(tiny_checkpoint):
+    fields = {"target_modules": "all-linear"}
+    stock, ours = (LlamaForCausalLM.from_pretrained(tiny_checkpoint) for _ in range(2))
+    names = list(get_peft_model(stock, LoraConfig(task_type="CAUSAL_LM", **fields)).state_dict())
+    model = add_lora(ours, fields)
     parts = [module for module in model.modules() if isinstance(module, LlamaMLP)]
-    assert len(parts) == base.config.num_hidden_layers
+    assert len(parts) == ours.config.num_hidden_layers
     assert all(type(part) is not LlamaMLP for part in parts)
     assert list(model.state_dict()) == names
