@@ -44,7 +44,8 @@ from recipe.run_data import Data, load_data  # noqa: E402
 from recipe.settings import Settings, load_settings, plain  # noqa: E402
 
 IGNORED = -100
-PRODUCTS = 5  # timed for each shape and direction, one more to warm up
+PRODUCTS = 5  # timed at least for each shape and direction, one more to warm up
+PRODUCTS_SECONDS = 1.0  # or as many as take that long
 WARM_UP = 1  # steps of the growth mode that do not count
 COUNTED = 2
 GROUPED = {"train_sampling_strategy": "group_by_length"}
@@ -252,8 +253,8 @@ def product_seconds(settings: Settings, tokens: int, outputs: int, inputs: int) 
     x = torch.randn(tokens, inputs, dtype=dtype, device=device)
     gradient = torch.randn(tokens, outputs, dtype=dtype, device=device)
     output, back = torch.empty_like(gradient), torch.empty_like(x)
-    found = []
-    for _ in range(PRODUCTS + 1):
+    found: list[float] = []
+    while len(found) <= PRODUCTS or sum(found[1:]) < PRODUCTS_SECONDS:
         started = now()
         torch.mm(x, weight.T, out=output)
         torch.mm(gradient, weight, out=back)

@@ -108,19 +108,23 @@ def run(
 
 
 def measure(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Result], list[Result]]:
-    """Of each round every subject's result, and the bounds measured around the rounds."""
+    """Of each round every subject's result, and all bounds.
+
+    The bound is measured before and after each subject, as a machine that others use as well gives
+    another rate from minute to minute; ``bound_tokens_per_second`` of a result is their mean.
+    """
     rounds: list[Result] = []
     bounds = [run("bound", args)]
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
         first = number % len(names)
-        rounds.append(
-            {
-                name: run(name, args, "--judged", args.judged, seed=number, data=SUBJECTS[name])
-                for name in [*names[first:], *names[:first]]
-            }
-        )
-        bounds.append(run("bound", args))
+        rounds.append({})
+        for name in [*names[first:], *names[:first]]:
+            judged = ("--judged", args.judged)
+            result = run(name, args, *judged, seed=number, data=SUBJECTS[name])
+            bounds.append(run("bound", args))
+            around = statistics.fmean(one["tokens_per_second"] for one in bounds[-2:])
+            rounds[-1][name] = {**result, "bound_tokens_per_second": around}
     return rounds, bounds
 
 
@@ -153,7 +157,8 @@ def table(names: Sequence[str], rounds: list[Result], bounds: list[Result]) -> N
         f"{any_result['rows']} rows, {any_result['tokens']:,} tokens, {any_result['trained']:,} of "
         f"them trained; rounds: {len(rounds)}; median (min–max)\n\n"
         f"bound: {spread(rates, ',.0f')} GFLOP/s of matrix products in this model's shapes / "
-        f"(4 · {most['weights']:,} weights) = {bound:,.1f} tokens/s.\n"
+        f"(4 · {most['weights']:,} weights) = {bound:,.1f} tokens/s; a run's share is taken of the "
+        f"mean of the two measured right before and after it.\n"
         "  4 FLOP a weight and token: 2 forward, 2 backward to the inputs; every position goes "
         "through the head; frozen weights need no gradient.\n"
     )
@@ -170,13 +175,14 @@ def table(names: Sequence[str], rounds: list[Result], bounds: list[Result]) -> N
             best = [max(speed(one[peer]) for peer in peers) for one in rounds]
             ratio = spread([speed(a) / b for a, b in zip(mine, best, strict=True)], ".2f")
         speeds = [speed(one) for one in mine]
+        shares = [speed(one) / one["bound_tokens_per_second"] for one in mine]
         middle = {
             key: statistics.median(one[key] for one in mine)
             for key in ("bytes", "last_quarter_loss")
         }
         print(
             f"| {name} | {spread(speeds, ',.0f')} | {ratio} | "
-            f"{statistics.median(speeds) / bound:.0%} | {middle['bytes'] / 2**30:.2f} | "
+            f"{spread(shares, '.0%')} | {middle['bytes'] / 2**30:.2f} | "
             f"{spread([math.exp(one['loss']) for one in mine], '.3f')} | "
             f"{middle['last_quarter_loss']:.4f} |"
         )
