@@ -16,6 +16,8 @@ import gc
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from recipe.exit_codes import run_command
@@ -65,27 +67,39 @@ def main(arguments: list[str] | None = None) -> None:
         raise explained(error) from error
 
 
+@contextmanager
+def everything_stays() -> Iterator[None]:
+    """Collect nothing of what is made in here, as imports are, now or later: much of their time
+    goes into looking through it again and again, and each collection of the Trainer's would too.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _main(arguments: list[str] | None) -> None:
     args = _parsed(arguments)
     settings = load_settings(args.config, args.overrides)
     # Only now: these imports take seconds, and a mistake in the config is told before them.
-    from recipe.quiet import quiet_libraries
+    with everything_stays():
+        from recipe.quiet import quiet_libraries
 
-    quiet_libraries()
+        quiet_libraries()
     if args.show_data:
         from recipe.run_data import show_data
 
         show_data(settings, args.show_data)
         return
-    from recipe.finetune import check, finetune
-    from recipe.memory.watch import MemoryWatch
-    from recipe.rehearsal import rehearse
-    from recipe.training.signals import follow_launcher
+    with everything_stays():
+        from recipe.finetune import check, finetune
+        from recipe.memory.watch import MemoryWatch
+        from recipe.rehearsal import rehearse
+        from recipe.training.signals import follow_launcher
 
     follow_launcher()
-    # What the imports made stays; the Trainer's collections need not walk through it each time.
-    gc.collect()
-    gc.freeze()
     main_process = os.environ.get("RANK", "0") == "0"
     publishes = settings.hub.push and main_process
     if publishes:

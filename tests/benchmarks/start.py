@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.start
 
-Bare is a process that imports Trainer, TrainingArguments and peft and loads the base; the other is
-the recipe with the same base and 310 rows whose tokens are cached. Both in alternation, each in a
+Bare is a process that imports Trainer, TrainingArguments and peft and loads the base; the others
+are the recipe with the same base and 310 rows whose tokens are cached, with the rehearsal, which
+takes the longest micro-batch forward and backward, and without it. In alternation, each in a
 process of its own, timed from its creation.
 """
 
@@ -30,9 +31,10 @@ AutoModelForCausalLM.from_pretrained("{{model}}", dtype=torch.float32)
 RECIPE = f"""
 import functools, os, sys
 from recipe import train
-from recipe.quiet import quiet_libraries
-quiet_libraries()
-from recipe import finetune
+with train.everything_stays():  # as its main does
+    from recipe.quiet import quiet_libraries
+    quiet_libraries()
+    from recipe import finetune
 from transformers import TrainerCallback
 class Stop(TrainerCallback):
     def on_step_begin(self, *args, **named):
@@ -41,15 +43,26 @@ class Stop(TrainerCallback):
         os._exit(0)
 finetune.finetune = functools.partial(finetune.finetune, watchers=[Stop()])
 train.main(["--config", "starter.yaml", "model.name_or_path={{model}}", "data.held_out=null",
-            "training.output_dir={{folder}}/run"])
+            "training.output_dir={{folder}}/run", *{{more}}])
 """
+# Name → script and further arguments of the command.
+SUBJECTS: dict[str, tuple[str, list[str]]] = {
+    "bare": (BARE, []),
+    "recipe, --no-rehearsal": (RECIPE, ["--no-rehearsal"]),
+    "recipe": (RECIPE, []),
+}
 
 
-def seconds(script: str, model: Path) -> float:
+def spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def seconds(subject: str, model: Path) -> float:
     """Of one process, as its last line says."""
+    script, more = SUBJECTS[subject]
     with tempfile.TemporaryDirectory(prefix="recipe-start-") as folder:
         done = subprocess.run(
-            [sys.executable, "-c", script.format(model=model, folder=folder)],
+            [sys.executable, "-c", script.format(model=model, folder=folder, more=more)],
             cwd=REPOSITORY,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
@@ -65,17 +78,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", type=Path, default=REPOSITORY / "models/smollm2-135m-instruct")
     args = parser.parse_args()
-    seconds(RECIPE, args.model)  # the first start fills the caches
-    pairs = [(seconds(BARE, args.model), seconds(RECIPE, args.model)) for _ in range(args.rounds)]
-    bare, ours = zip(*pairs, strict=True)
-    ratios = [b / a for a, b in pairs]
+    seconds("recipe", args.model)  # the first start fills the caches
+    rounds = [{name: seconds(name, args.model) for name in SUBJECTS} for _ in range(args.rounds)]
     print(
         f"torch {version('torch')}, transformers {version('transformers')}, "
-        f"{datetime.now(UTC):%Y-%m-%d}; {args.rounds} rounds, median (min–max)\n"
-        f"bare     {statistics.median(bare):.1f} s ({min(bare):.1f}–{max(bare):.1f})\n"
-        f"recipe   {statistics.median(ours):.1f} s ({min(ours):.1f}–{max(ours):.1f})\n"
-        f"ratio    {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+        f"{datetime.now(UTC):%Y-%m-%d}; {args.rounds} rounds, median (min–max)"
     )
+    for name in SUBJECTS:
+        own = spread([one[name] for one in rounds], ".1f")
+        times = spread([one[name] / one["bare"] for one in rounds], ".2f")
+        print(f"{name:<24}{own} s, {times} times bare")
 
 
 if __name__ == "__main__":

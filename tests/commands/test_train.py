@@ -1,5 +1,6 @@
 """train.py as a user types it."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -32,6 +33,28 @@ def test_help_imports_nothing_heavy():
     result = command(sys.executable, "-c", code)
     assert "--config" in result.stdout
     assert result.stdout.rstrip().endswith("set()")
+
+
+def test_nothing_is_collected_while_modules_are_imported_nor_are_they_later():
+    runs = []
+    gc.callbacks.append(lambda *told: runs.append(told))
+    try:
+        gc.unfreeze()
+        with train.everything_stays():
+            runs.clear()
+            made = [[] for _ in range(100_000)]
+            assert not runs
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > len(made)
+    finally:
+        gc.callbacks.pop()
+        gc.unfreeze()
+
+
+def test_collections_go_on_after_a_failed_import():
+    with pytest.raises(ImportError), train.everything_stays():
+        raise ImportError
+    assert gc.isenabled()
 
 
 WRONG = {
