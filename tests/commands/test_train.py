@@ -51,6 +51,25 @@ def test_nothing_is_collected_while_modules_are_imported_nor_are_they_later():
         gc.unfreeze()
 
 
+def test_the_command_imports_so():
+    code = (
+        "import gc, sys\n"
+        "class Seen:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name in ('torch', 'recipe.finetune'):\n"
+        "            print(name, gc.isenabled())\n"
+        "sys.meta_path.insert(0, Seen())\n"
+        "from recipe import train\n"
+        "try:\n"
+        "    train.main(['--config', 'starter.yaml', '--check', 'model.name_or_path=/nowhere'])\n"
+        "finally:\n"
+        "    print('then', gc.isenabled())\n"
+    )
+    said = command(sys.executable, "-c", code).stdout.splitlines()
+    expected = {"torch False", "recipe.finetune False", "then True"}
+    assert set(said) == expected, said
+
+
 def test_collections_go_on_after_a_failed_import():
     with pytest.raises(ImportError), train.everything_stays():
         raise ImportError
