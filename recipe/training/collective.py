@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from recipe.settings import Problem, RunFailed, UserError
 from recipe.training.arguments import world_size
 from recipe.training.loss import distributed
+from recipe.training.meeting import end_by_itself
 
 _PATIENCE = 10.0  # seconds
 _TOLD_AGAIN = 3.0  # seconds that another process has to tell the same
@@ -154,6 +155,7 @@ def told_once() -> Iterator[None]:
     except RunFailed as error:
         if not distributed():
             raise
+        end_by_itself()
         said = str(error)
         if dist.get_rank() == 0:
             at_once(lambda: _get_default_store().set("recipe/told", said))

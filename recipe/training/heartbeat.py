@@ -1,6 +1,5 @@
 """Who of several processes no longer answers: a hang ends, and with a message."""
 
-import signal
 import socket
 import threading
 import time
@@ -18,7 +17,7 @@ from recipe.settings import RunFailed
 from recipe.training.arguments import of_other_processes
 from recipe.training.collective import at_once, key, leave
 from recipe.training.faults import how_to_continue
-from recipe.training.meeting import stop_watching, word_of_others
+from recipe.training.meeting import end_by_itself, stop_watching, word_of_others
 
 _BEAT = 1.0  # seconds
 _SILENT = 4.0  # seconds without a beat
@@ -102,9 +101,7 @@ def loss_told(folder: Path) -> Iterator[None]:
     except RuntimeError as error:
         if not of_other_processes(error):
             raise
-        # torchrun sends it as soon as a process has ended, and gives the others 30 s to end.
-        with suppress(ValueError):  # heard by a main thread only
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end_by_itself()
         text = " ".join(str(error).split())
         why = word_of_others() or (
             f"another process no longer answers: {_slowest()} ({_shortened(text)})."

@@ -68,13 +68,20 @@ def stop_watching(watch: threading.Thread, over: threading.Event) -> None:
     watch.join(_PATIENCE)
 
 
+def end_by_itself() -> None:
+    """torchrun sends SIGTERM as soon as another process has ended, and gives 30 s to end: from here
+    on, this one ends with what it has found and its own exit code.
+    """
+    with suppress(ValueError):  # heard by a main thread only
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def explained(error: Exception) -> Exception:
     """What a process ends with, once the others know it; where it is only that another one has
     ended, what that one said.
     """
+    end_by_itself()
     if of_other_processes(error):
-        with suppress(ValueError):  # as in heartbeat.loss_told
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return RunFailed(word_of_others() or f"another process no longer answers ({error}).")
     _say_left(error)
     if isinstance(error, UserError):

@@ -1,10 +1,20 @@
 """A run whose Trainer a test can look at."""
 
+import signal
+
 import pytest
 
 from recipe import finetune as finetune_module
 from recipe.settings import load_settings
 from tests.training.harm import TRAINING
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """One of several processes that ends hears no SIGTERM any more; this one shall."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
