@@ -27,10 +27,18 @@ class SixteenBitDropout(nn.Dropout):
         if x.device.type != "cpu" or not self.training or dropped in (0, _LEVELS):
             return super().forward(x)
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = words.view(torch.int16)[: x.numel()] >= dropped - _LEVELS // 2
+        kept = _reaches(words.view(torch.int16)[: x.numel()], dropped - _LEVELS // 2)
         factor = _LEVELS / (_LEVELS - dropped)
         y: torch.Tensor = _Masked.apply(x, kept.view(x.shape), factor)  # type: ignore[no-untyped-call]
         return y
+
+
+def _reaches(numbers: torch.Tensor, least: int) -> torch.Tensor:
+    """1 where an int16 is ``least`` or more, else 0, uint8; ``numbers`` are written over.
+
+    On a CPU torch compares, and turns bool into float, at a seventh of the rate of other dtypes.
+    """
+    return numbers.clamp_(least - 1, least).sub_(least - 1).to(torch.uint8)
 
 
 class _Masked(torch.autograd.Function):
