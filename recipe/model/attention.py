@@ -98,11 +98,28 @@ def _has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 
 def _whole_rows(x: torch.Tensor, lengths: list[int], openings: list[int]) -> list[torch.Tensor]:
-    """Each row with its opening in front of its own tokens, (1, heads, tokens, head_dim)."""
+    """Each row with its opening in front of its own tokens, (1, heads, tokens, head_dim).
+
+    An opening is taken from where it lies in ``x``, and by all that share it from one tensor: cut
+    from the row before, each would take a gradient of that whole row.
+    """
     rows: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
     for own, opening in zip(torch.split(x, lengths, dim=2), openings, strict=True):
-        rows.append(torch.cat([rows[-1][:, :, :opening], own], dim=2) if opening else own)
+        parts = [*_first(parts, opening), own]
+        rows.append(torch.cat(parts, dim=2) if opening else own)
     return rows
+
+
+def _first(parts: list[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+    """Parts of a row that are its first tokens; the very same ones where they end there."""
+    first: list[torch.Tensor] = []
+    for part in parts:
+        if not tokens:
+            break
+        first.append(part if part.shape[2] <= tokens else part[:, :, :tokens])
+        tokens -= first[-1].shape[2]
+    return first
 
 
 def _varlen(

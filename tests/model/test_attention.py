@@ -38,13 +38,21 @@ def test_a_batch_without_borders_is_an_error():
 
 def shared_case(dtype=torch.float64):
     """Queries, keys and values of the compact sequence; and, for each whole row, where its tokens
-    lie in it: rows of 6, 3 + 2, 0 + 4, 4 + 1 tokens.
+    lie in it: rows of 6, 3 + 2, 4 + 1 (of which one is the second row's own), 3 + 1, 0 + 4, 4 + 1
+    tokens.
     """
-    lengths, openings = [6, 2, 4, 1], [0, 3, 0, 4]
-    whole = [[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7], [8, 9, 10, 11], [8, 9, 10, 11, 12]]
+    lengths, openings = [6, 2, 1, 1, 4, 1], [0, 3, 4, 3, 0, 4]
+    whole = [
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 6, 7],
+        [0, 1, 2, 6, 8],
+        [0, 1, 2, 9],
+        [10, 11, 12, 13],
+        [10, 11, 12, 13, 14],
+    ]
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 4, 13, 8, generator=generator, dtype=dtype)
-    k, v = torch.randn(2, 1, 2, 13, 8, generator=generator, dtype=dtype)
+    q = torch.randn(1, 4, 15, 8, generator=generator, dtype=dtype)
+    k, v = torch.randn(2, 1, 2, 15, 8, generator=generator, dtype=dtype)
     return (q, k, v), lengths, openings, whole
 
 
@@ -76,7 +84,7 @@ def test_the_variable_length_kernel_gets_whole_rows(monkeypatch, shared):
     tensors, lengths, openings, whole = shared_case()
     if not shared:
         openings = [0] * len(lengths)
-        whole = torch.arange(13).split(lengths)
+        whole = torch.arange(15).split(lengths)
 
     def kernel(q, k, v, borders_q, borders_k, longest_q, longest_k, *, scale, window_size, **_):
         assert window_size == (-1, 0)
