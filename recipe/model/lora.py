@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from recipe.model.dropout import quicken
 from recipe.model.last_layer import end_where_nothing_is_predicted
 from recipe.model.quantization import kind_of
+from recipe.model.rms_norm import shorten_norms
 from recipe.model.swiglu import keep_two_factors
 from recipe.settings import UserError, plain
 
@@ -65,6 +66,7 @@ def add_lora(
                 parameter.data = parameter.data.float()
     quicken(model)
     keep_two_factors(model)
+    shorten_norms(model)
     end_where_nothing_is_predicted(model)
     # "auto" would ask the hub for the base's vocabulary size at every checkpoint.
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
