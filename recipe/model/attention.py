@@ -59,16 +59,13 @@ def per_row_sdpa(
         varlen = _has_varlen_kernel(query.device, query.dtype, query.shape[-1])
     if varlen and not dropout:
         return _varlen(query, key, value, row_lengths, openings, scaling), None
-    rows = [
-        F.scaled_dot_product_attention(
+    whole = (_whole_rows(x, row_lengths, openings) for x in (query, key, value))
+    rows = []
+    for q, k, v, opening in zip(*whole, openings, strict=True):
+        row = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True
-        ).transpose(1, 2)[:, opening:]
-        for q, k, v, opening in zip(
-            *(_whole_rows(x, row_lengths, openings) for x in (query, key, value)),
-            openings,
-            strict=True,
-        )
-    ]
+        ).transpose(1, 2)
+        rows.append(row[:, opening:] if opening else row)  # a slice of all would be copied, back
     return torch.cat(rows, dim=1), None
 
 
