@@ -27,16 +27,15 @@ class _FrozenNorm(LlamaRMSNorm):  # type: ignore[misc]
             stock: torch.Tensor = super().forward(hidden_states)
             return stock
         eps = self.variance_epsilon
-        normed: torch.Tensor = _Normed.apply(hidden_states, self.weight, eps)  # type: ignore[no-untyped-call]
+        normed: torch.Tensor = _Normed.apply(hidden_states.float(), self.weight, eps)  # type: ignore[no-untyped-call]
         return normed
 
 
 class _Normed(torch.autograd.Function):
-    """In float32, as the stock code; of any dtype outside."""
+    """Of float32 states, as in the stock code, to the weight's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        x = states.float()
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True).add_(eps))
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).to(weight.dtype).mul_(weight)
@@ -47,5 +46,4 @@ class _Normed(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         of_x = (outer * weight).float()
         shared = (x * of_x).mean(-1, keepdim=True).mul_(inverse.pow(3))
-        of_x.mul_(inverse).addcmul_(x, shared, value=-1)
-        return of_x.to(weight.dtype), None, None
+        return of_x.mul_(inverse).addcmul_(x, shared, value=-1), None, None
