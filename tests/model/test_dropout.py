@@ -26,6 +26,15 @@ def test_distribution(p):
         assert abs(float(both) - p * p) < 5 * error
 
 
+@pytest.mark.parametrize("dropped", [1, 2, 3277, 32768, 65534, 65535])
+def test_what_is_kept_is_what_sixteen_bits_decide(dropped):
+    torch.manual_seed(5)
+    words = torch.empty(2**15, dtype=torch.int64).random_(-(2**63), None)
+    expected = words.view(torch.int16).int() + 2**15 >= dropped
+    torch.manual_seed(5)
+    assert torch.equal(SixteenBitDropout(dropped / 2**16)(torch.ones(2**17)) != 0, expected)
+
+
 def test_the_gradient_has_the_same_factors():
     x = torch.randn(7, 33, requires_grad=True)
     y = SixteenBitDropout(0.3)(x)
