@@ -106,7 +106,7 @@ def conclusion(
         f"cost      {seconds:.0f} s in all, {log.seconds:.0f} s of them training · peak memory "
         f"{in_words(peak_memory())} · {log.skipped_steps} skipped steps",
         *memory,
-        *_shared(*log.tokens(run.arguments.device)),
+        _not_computed(*log.not_computed(run.arguments.device)),
         f"saved     {folder / 'adapter'} (reopened: whole, finite, as trained)",
         f"          {folder / 'loss.png'}, {folder / 'metrics.jsonl'}",
         'next      make infer PROMPT="…"  asks it; ADAPTER=none asks the base',
@@ -183,14 +183,12 @@ def receipt(run: Run, folder: Path, probes: Sequence[Probe]) -> dict[str, Any]:
     }
 
 
-def _shared(shared: int, computed: int) -> list[str]:
-    if not shared:
-        return []
-    tokens = computed + shared
-    return [
-        f"          {shared:,} of {tokens:,} tokens ({shared / tokens:.0%}) not computed: rows of "
-        "a micro-batch begin alike"
-    ]
+def _not_computed(shared: int, ends: int, tokens: int) -> str:
+    openings = f"{shared:,} of shared openings, " if shared else ""
+    return (
+        f"          {shared + ends:,} of {tokens:,} tokens not computed: {openings}{ends:,} at the "
+        "ends of rows, which predict nothing"
+    )
 
 
 def _adapter_sha256(model: PeftModel) -> str:

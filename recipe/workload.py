@@ -78,20 +78,21 @@ def _counted(
     batches = _dealt(trained, settings)
     decisive, held_out = _decisive(data, settings)
     tokens = sum(len(trained[place]) for places in batches for place in places)
-    kept = _kept_share(trained, batches) if share else 1.0
+    needed = sum(trained[place].needed for places in batches for place in places)
+    shared = _shared_share(trained, batches) * needed if share else 0.0
     described.append(
         f"rows      {len(trained):,} of {settings.data.path} · "
         f"{planned_steps(_arguments(settings), len(trained)):,} steps, {tokens:,} tokens, "
-        f"{1 - kept:.0%} of them shared openings · the longest micro-batch has "
+        f"{shared / tokens:.0%} of them shared openings · the longest micro-batch has "
         f"{sum(map(len, decisive)):,} in {len(decisive)} rows"
     )
     deal = partial(_decisive, data)
     plan = Plan(settings, config, decisive, held_out, device, share, resident(), deal)
-    return Workload(plan, round(kept * tokens), described)
+    return Workload(plan, round(needed - shared), described)
 
 
 def _decisive(data: Data, settings: Settings) -> tuple[Rows, Rows]:
-    """The micro-batch with the most tokens, and the largest batch of held-out rows."""
+    """The micro-batch that needs the most tokens, and the largest batch of held-out rows."""
     asked = settings.data
     if asked.max_length not in (None, data.max_length):
         fit = partial(fit_rows, max_length=asked.max_length, too_long=asked.too_long)
@@ -100,7 +101,7 @@ def _decisive(data: Data, settings: Settings) -> tuple[Rows, Rows]:
     else:
         trained, held_out = data.train.rows, data.held_out.rows
     batches = _dealt(trained, settings)
-    longest = max(batches, key=lambda places: sum(len(trained[place]) for place in places))
+    longest = max(batches, key=lambda places: sum(trained[place].needed for place in places))
     size = _arguments(settings).per_device_eval_batch_size
     return [trained[place] for place in longest], largest_batch(held_out, size)
 
@@ -160,17 +161,15 @@ def _assumed(settings: Settings, config: LlamaConfig) -> tuple[Rows, Rows]:
     return rows(arguments.per_device_train_batch_size), rows(held_out)
 
 
-def _kept_share(rows: Sequence[TokenizedRow], batches: Sequence[Sequence[int]]) -> float:
-    """Of the tokens, those that are computed where openings are shared."""
+def _shared_share(rows: Sequence[TokenizedRow], batches: Sequence[Sequence[int]]) -> float:
+    """Of the tokens that rows need, those of shared openings."""
     step = max(len(batches) // _COUNTED, 1)
     counted = [[rows[place] for place in places] for places in islice(batches, 0, None, step)]
-    whole = sum(len(row) for batch in counted for row in batch)
-    return sum(computed(batch, share=True) for batch in counted) / whole
+    needed = sum(row.needed for batch in counted for row in batch)
+    return 1 - sum(computed(batch, share=True) for batch in counted) / needed
 
 
 def computed(rows: Sequence[TokenizedRow], *, share: bool) -> int:
     """Tokens of a micro-batch that are computed."""
     opened = shared_openings(rows) if share else None
-    if opened is None:
-        return sum(map(len, rows))
-    return sum(len(one.row) - one.opening for one in opened)
+    return sum(row.needed for row in rows) - sum(one.opening for one in opened or ())

@@ -22,10 +22,10 @@ Batch = dict[str, torch.Tensor | int | list[int]]
 def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Batch:
     """Lay rows into one sequence of T = t1 + t2 + … tokens.
 
-    t1, t2, … are all tokens of each row, or, where openings are shared, those that the row before
-    does not begin with as well. Positions count within the row. Logits are asked for only where the
-    next token is trained: K positions. The row borders carry the names that transformers gives them
-    for variable-length attention.
+    t1, t2, … are each row's tokens up to the one that predicts its last trained token; where
+    openings are shared, without those that the row before begins with as well. Positions count
+    within the row. Logits are asked for only where the next token is trained: K positions. The row
+    borders carry the names that transformers gives them for variable-length attention.
 
     No rows at all, as where processes outnumber the micro-batches that are left, become one token
     that trains nothing: every process must take part in every step.
@@ -42,6 +42,7 @@ def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Ba
         ``row_lengths``: list of int, t1, t2, …; on the host, so that no kernel launch waits for it;
         ``openings``: list of int, for each row how many tokens of the row before come before its
         own; all 0 where nothing is shared;
+        ``endings``: list of int, how many tokens behind each row's own are left out;
         ``row_indices``: list of int, each row's ``index``; the Trainer takes them off for what it
         has to say of these rows, and no model sees them;
         ``logits_to_keep``: int64 (K,), positions whose next token is trained, filled up to a
@@ -57,22 +58,27 @@ def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Ba
         return _nothing()
     opened = shared_openings(rows) if share_openings else None
     laid = opened or [Opened(row, 0) for row in rows]
-    lengths = np.array([len(one.row) - one.opening for one in laid])
+    lengths = np.array([one.row.needed - one.opening for one in laid])
     borders = np.concatenate([[0], lengths.cumsum()])
-    ids = np.concatenate([one.row.input_ids[one.opening :] for one in laid]).astype(np.int64)
-    trained = np.concatenate([one.row.trained[one.opening :] for one in laid])
-    # A row's first token has nothing before it in its own part that could predict it.
-    trained[borders[:-1]] = False
-    targets = np.flatnonzero(trained)
-    kept = np.zeros(-len(targets) % KEPT_MULTIPLE + len(targets), dtype=np.int64)
-    kept[: len(targets)] = targets - 1
+    own = [slice(one.opening, one.row.needed) for one in laid]
+    ids = np.concatenate([one.row.input_ids[part] for one, part in zip(laid, own, strict=True)])
+    # Of what is predicted, no position lies in an opening.
+    predicting = np.concatenate(
+        [
+            start - one.opening + one.row.predicting
+            for one, start in zip(laid, borders, strict=False)
+        ]
+    )
+    targets = np.concatenate([one.row.input_ids[one.row.predicting + 1] for one in laid])
+    kept = np.zeros(-len(predicting) % KEPT_MULTIPLE + len(predicting), dtype=np.int64)
+    kept[: len(predicting)] = predicting
     labels = torch.full((len(kept),), IGNORED)
-    labels[: len(targets)] = torch.from_numpy(ids[targets])
-    positions = np.concatenate([np.arange(one.opening, len(one.row)) for one in laid])
+    labels[: len(targets)] = torch.from_numpy(targets)
+    positions = np.concatenate([np.arange(part.start, part.stop) for part in own])
     cu_seq_lens = torch.from_numpy(borders.astype(np.int32))
     longest = int(lengths.max())
     return {
-        "input_ids": torch.from_numpy(ids)[None],
+        "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
         "position_ids": torch.from_numpy(positions)[None],
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,
@@ -80,9 +86,10 @@ def flatten(rows: Sequence[TokenizedRow], *, share_openings: bool = False) -> Ba
         "max_length_k": longest,
         "row_lengths": lengths.tolist(),
         "openings": [one.opening for one in laid],
+        "endings": [len(one.row) - one.row.needed for one in laid],
         "row_indices": [one.row.index for one in laid],
         "logits_to_keep": torch.from_numpy(kept),
-        "predicting": torch.from_numpy(targets - 1),
+        "predicting": torch.from_numpy(predicting),
         "labels": labels,
         "shift_labels": labels,
     }
@@ -100,6 +107,7 @@ def _nothing() -> Batch:
         "max_length_k": 1,
         "row_lengths": [1],
         "openings": [0],
+        "endings": [0],
         "row_indices": [],
         "logits_to_keep": torch.zeros(KEPT_MULTIPLE, dtype=torch.int64),
         "predicting": torch.zeros(0, dtype=torch.int64),
@@ -109,6 +117,6 @@ def _nothing() -> Batch:
 
 
 def largest_batch(rows: Sequence[TokenizedRow], size: int) -> Sequence[TokenizedRow]:
-    """Of ``rows`` dealt in their order, ``size`` at a time, those that have the most tokens."""
+    """Of ``rows`` dealt in their order, ``size`` at a time, those that need the most tokens."""
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return max(batches, key=lambda batch: sum(map(len, batch)), default=[])
+    return max(batches, key=lambda batch: sum(row.needed for row in batch), default=[])

@@ -31,15 +31,15 @@ def shared_openings(rows: Sequence[TokenizedRow]) -> list[Opened] | None:
     """Sort ``rows`` so that neighbours share their openings; None where that would not pay.
 
     An opening ends before the position that predicts the row's first trained token, so each row
-    keeps its own of all positions that have a loss.
+    keeps its own of all positions that have a loss; and where the row before needs no more tokens.
     """
     ordered = sorted(rows, key=lambda row: row.input_ids.tobytes())
     opened = [Opened(ordered[0], 0)]
     for before, row in pairwise(ordered):
-        common = min(_common(before, row), _own_from(row))
+        common = min(_common(before, row), before.needed, _own_from(row))
         opened.append(Opened(row, common if common >= _WORTH_A_COPY else 0))
     saved = sum(one.opening for one in opened)
-    return opened if saved >= _WORTH_IT * sum(map(len, rows)) else None
+    return opened if saved >= _WORTH_IT * sum(row.needed for row in rows) else None
 
 
 def _common(first: TokenizedRow, second: TokenizedRow) -> int:
@@ -51,5 +51,4 @@ def _common(first: TokenizedRow, second: TokenizedRow) -> int:
 
 def _own_from(row: TokenizedRow) -> int:
     """The position that predicts the first token with a loss."""
-    targets = np.flatnonzero(row.trained[1:])
-    return int(targets[0]) if len(targets) else len(row) - 1
+    return int(row.predicting[0]) if len(row.predicting) else 0

@@ -32,6 +32,20 @@ class TokenizedRow:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def predicting(self) -> NDArray[np.int64]:
+        """The positions whose next token is trained."""
+        return np.flatnonzero(self.trained[1:])
+
+    @property
+    def needed(self) -> int:
+        """How many of the first tokens a model must see for what is trained; 1 where nothing is.
+
+        From those behind nothing is predicted, and none before them attends to them.
+        """
+        predicting = self.predicting
+        return int(predicting[-1]) + 1 if len(predicting) else 1
+
 
 @dataclass(frozen=True)
 class EncodedRow:

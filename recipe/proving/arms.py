@@ -92,7 +92,7 @@ def measured_arm(settings: Settings) -> dict[str, Any]:
         },
         "process": process,
         "held_out_loss": {"before": before, "after": after},
-        "tokens": log.computed_tokens + log.shared_tokens,
+        "tokens": log.tokens,
         "seconds": sum(steps.seconds),
         "median_step_seconds": seconds[len(seconds) // 2],
         "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),

@@ -37,12 +37,12 @@ class Pace(TrainerCallback):
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        lengths = list(map(len, train_dataloader.dataset))
+        needed = [row.needed for row in train_dataloader.dataset]
         steps = steps_of(
             train_dataloader, steps=state.max_steps, accumulation=args.gradient_accumulation_steps
         )
         # Where no rows are left for this process it computes one token.
-        counts = (sum(sum(lengths[at] for at in rows) or 1 for rows in step) for step in steps)
+        counts = (sum(sum(needed[at] for at in rows) or 1 for rows in step) for step in steps)
         self._tokens = list(accumulate(counts, initial=0))
         self._first = state.global_step + 1
 

@@ -36,6 +36,7 @@ class RunLog(TrainerCallback):
         # Of this process: what the model was given, and what need not be given.
         self.computed_tokens = 0
         self.shared_tokens = 0
+        self.ending_tokens = 0
         self.first_perplexity: float | None = None
         self.first: dict[str, float] = {}  # what later steps are compared with
         self._noted: set[str] = set()
@@ -157,6 +158,7 @@ class RunLog(TrainerCallback):
             "first": self.first,
             "computed_tokens": self.computed_tokens,
             "shared_tokens": self.shared_tokens,
+            "ending_tokens": self.ending_tokens,
             "records": self._records,
             "ended": state.global_step >= state.max_steps,
             "open_epoch": {
@@ -178,6 +180,7 @@ class RunLog(TrainerCallback):
             "shared_tokens",
         ):
             setattr(self, name, state[name])
+        self.ending_tokens = state.get("ending_tokens", 0)  # runs from before computed them
         epoch, open_epoch = state["epoch"], state["open_epoch"]
         if main_process:
             records = read_metrics(self.file)[: state["records"]]
@@ -199,12 +202,18 @@ class RunLog(TrainerCallback):
         if main_process:
             self._write(record)
 
-    def tokens(self, device: torch.device) -> tuple[int, int]:
-        """Of all processes: (shared, computed) tokens of training."""
-        shared, computed = sum_over_processes(
-            (float(self.shared_tokens), self.computed_tokens), device
-        )
-        return int(shared), computed
+    @property
+    def tokens(self) -> int:
+        """Of all rows that this process trained, whole."""
+        return self.computed_tokens + self.shared_tokens + self.ending_tokens
+
+    def not_computed(self, device: torch.device) -> tuple[int, int, int]:
+        """Of all processes: tokens of shared openings, those behind the last that predicts, and all
+        tokens of the rows.
+        """
+        shared, ends = sum_over_processes((float(self.shared_tokens), self.ending_tokens), device)
+        _, tokens = sum_over_processes((0.0, self.tokens), device)
+        return int(shared), ends, tokens
 
     def stop(self, message: str) -> NoReturn:
         """End the run, without the bar across the message."""

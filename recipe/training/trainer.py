@@ -62,6 +62,7 @@ class TokenWeightedTrainer(Trainer):
         if self._finite.micro_batches[-1]:  # else nothing was left for this process
             self._log.computed_tokens += tokens
         self._log.shared_tokens += sum(inputs["openings"])
+        self._log.ending_tokens += sum(inputs["endings"])
         with self._memory_told(self._finite.micro_batches[-1], tokens):
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
@@ -163,8 +164,8 @@ class TokenWeightedTrainer(Trainer):
                 kept[name] = callback.state()
 
     def longest_micro_batch(self) -> list[TokenizedRow]:
-        """That of this process which has the most tokens, in the order of all epochs."""
-        lengths = list(map(len, self.train_dataset))
+        """That of this process which needs the most tokens, in the order of all epochs."""
+        lengths = [row.needed for row in self.train_dataset]
         batches = micro_batches(
             self.callback_handler.train_dataloader,
             steps=self.state.max_steps,

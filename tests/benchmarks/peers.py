@@ -105,9 +105,9 @@ class Watch(TrainerCallback):
         if labels is None:
             labels = named["labels"][:, 1:]
         # Summed when training has ended: a number taken here would make the GPU wait.
-        # An opening that rows share counts for each of them.
+        # An opening that rows share counts for each of them, and what predicts nothing as well.
         seen = named["input_ids"].numel() if mask is None else mask.sum()
-        seen = seen + sum(named.get("openings", ()))
+        seen = seen + sum(named.get("openings", ())) + sum(named.get("endings", ()))
         self._seen.append((seen, (labels != IGNORED).sum()))
 
 

@@ -62,7 +62,7 @@ def test_two_templates_and_a_stranger():
     # Row 2 begins with 21 ids of row 0, of which the last predicts its first trained token.
     assert sorted(shared.values()) == [0, 0, 0, 20, 20]
     assert shared[4] == 0
-    assert batch["input_ids"].shape == (1, sum(map(len, rows)) - 40)
+    assert batch["input_ids"].shape == (1, sum(len(one) - 1 for one in rows) - 40)
 
 
 SMALL = st.lists(st.integers(1, 3), min_size=2, max_size=14)
@@ -78,7 +78,8 @@ def test_rows_and_targets_are_those_of_the_plain_batch(drawn):
     assert targets(shared) == targets(plain)
     by_index = dict(zip(shared["row_indices"], rebuilt(shared), strict=True))
     for one in rows:
-        assert by_index[one.index] == (one.input_ids.tolist(), list(range(len(one))))
+        # From the last token nothing is predicted.
+        assert by_index[one.index] == (one.input_ids[:-1].tolist(), list(range(len(one) - 1)))
     assert len(set(shared["logits_to_keep"].tolist()) - {0}) >= len(targets(plain)) - 1
     if len(rows) > 1:
         assert sum(shared["openings"]) >= 17 * (len(rows) - 1)
@@ -88,6 +89,19 @@ def test_an_opening_ends_before_the_last_prompt_token():
     twins = [row(i, [*OPENING, 1, 2, 3], 20) for i in range(3)]
     batch = flatten(twins, share_openings=True)
     assert batch["openings"] == [0, 19, 19]
+
+
+def test_an_opening_ends_where_the_row_before_does():
+    """A conversation that goes on where another ended: of its last token nothing was computed."""
+    first = row(0, [*OPENING, 1, 2], 20)
+    longer = row(1, [*OPENING, 1, 2, 3, 4, 5], 24)
+    batch = flatten([longer, first], share_openings=True)
+    assert batch["row_indices"] == [0, 1]
+    assert batch["openings"] == [0, 21]
+    assert rebuilt(batch) == [
+        ([*OPENING, 1], list(range(21))),
+        ([*OPENING, 1, 2, 3, 4], list(range(24))),
+    ]
 
 
 @pytest.mark.parametrize(

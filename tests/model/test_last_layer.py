@@ -83,10 +83,10 @@ def test_the_feed_forward_part_sees_what_predicts_alone(adapted):
         part.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
     batch, _ = batch_of((5, 3), (9, 1), (2, 6))
     adapted(**batch)
-    assert seen == [26, 10]
+    assert seen == [23, 10]
     del batch["predicting"]
     adapted(**batch)
-    assert seen[2:] == [26, 26]
+    assert seen[2:] == [23, 23]
 
 
 def test_batches_of_a_run_say_what_predicts(write_config, capsys):

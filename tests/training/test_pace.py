@@ -111,7 +111,7 @@ class Loader:
     """One row a micro-batch, in the order of its data."""
 
     def __init__(self, lengths: list[int]) -> None:
-        self.dataset = [[0] * length for length in lengths]
+        self.dataset = [SimpleNamespace(needed=length) for length in lengths]
         self.batch_sampler = [[place] for place in range(len(lengths))]
 
     def set_epoch(self, epoch: int) -> None:
