@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from recipe.continuation import change, checkpoint_of, take_up, tidy, train
+from recipe.data.batch import LAYOUT
 from recipe.keeping import keep, says
 from recipe.memory.probe import peak_memory
 from recipe.memory.watch import MemoryWatch
@@ -287,6 +288,7 @@ def _beginning(settings: Settings, prepared: _Prepared) -> Beginning:
         prepared.data.tokens_sha256,
         prepared.base_sha256,
         share_openings(settings),
+        LAYOUT,
         prepared.arguments.world_size,
         prepared.engine.name,
     )

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 import recipe
+from recipe.data.batch import LAYOUT
 from recipe.data.fingerprint import template_sha256, tokenizer_sha256
 from recipe.memory.probe import in_words, peak_memory
 from recipe.model.checkpoint import generation_config_notes
@@ -106,7 +107,7 @@ def conclusion(
         f"cost      {seconds:.0f} s in all, {log.seconds:.0f} s of them training · peak memory "
         f"{in_words(peak_memory())} · {log.skipped_steps} skipped steps",
         *memory,
-        _not_computed(*log.not_computed(run.arguments.device)),
+        _not_computed(**log.token_counts(run.arguments.device)),
         f"saved     {folder / 'adapter'} (reopened: whole, finite, as trained)",
         f"          {folder / 'loss.png'}, {folder / 'metrics.jsonl'}",
         'next      make infer PROMPT="…"  asks it; ADAPTER=none asks the base',
@@ -149,6 +150,7 @@ def manifest_facts(run: Run) -> dict[str, Any]:
             "dropped_overlap": data.rows.overlap,
             "repeated": data.rows.repeated,
             "share_openings": share_openings(run.settings),
+            "layout": LAYOUT,
             "dropped_long": data.train.dropped + data.held_out.dropped,
             "truncated": data.train.truncated + data.held_out.truncated,
         },
@@ -183,11 +185,12 @@ def receipt(run: Run, folder: Path, probes: Sequence[Probe]) -> dict[str, Any]:
     }
 
 
-def _not_computed(shared: int, ends: int, tokens: int) -> str:
-    openings = f"{shared:,} of shared openings, " if shared else ""
+def _not_computed(*, computed_tokens: int, shared_tokens: int, ending_tokens: int) -> str:
+    left_out = shared_tokens + ending_tokens
+    openings = f"{shared_tokens:,} of shared openings, " if shared_tokens else ""
     return (
-        f"          {shared + ends:,} of {tokens:,} tokens not computed: {openings}{ends:,} at the "
-        "ends of rows, which predict nothing"
+        f"          {left_out:,} of {computed_tokens + left_out:,} tokens not computed: {openings}"
+        f"{ending_tokens:,} at the ends of rows, which predict nothing"
     )
 
 

@@ -8,6 +8,9 @@ import torch
 from recipe.data.openings import Opened, shared_openings
 from recipe.data.tokens import TokenizedRow
 
+# Raised when the tokens of a micro-batch become others: dropout then draws other masks, and a run
+# that began with the layout before is not continued.
+LAYOUT = 2
 IGNORED = -100  # cross_entropy's ignore_index, and what the Trainer does not count
 # The gradient of the kept logits is summed over the whole vocabulary by a matrix product with K
 # rows. MKL sums some small or odd K plainly, and a row of three trained tokens then loses more than

@@ -2,7 +2,8 @@
 
 Keys, values and all else at a position depend on the tokens up to it alone. Sorted by their ids,
 each row shares its longest opening with the row right before it (a depth-first walk of the tree of
-all prefixes), so one number a row says what it need not compute.
+all prefixes), so one number a row says what it need not compute. Where the row before needs fewer
+tokens than that, the opening ends there.
 """
 
 from collections.abc import Sequence

@@ -23,7 +23,7 @@ def shown_rows(
 ) -> list[str]:
     """Lines for the first ``count`` rows: text and ids of each run of tokens with one fate.
 
-    ``masked`` tokens are read and not trained, ``trained`` ones are predicted, ``EOS`` is a trained
+    ``masked`` tokens are not trained, ``trained`` ones are predicted, ``EOS`` is a trained
     end of sequence, and ``cut`` is what ``data.max_length`` takes away.
     """
     kept = {row.index: row for row in fitted.rows}

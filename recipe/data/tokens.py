@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ class TokenizedRow:
         """The positions whose next token is trained."""
         return np.flatnonzero(self.trained[1:])
 
-    @property
+    @cached_property
     def needed(self) -> int:
         """How many of the first tokens a model must see for what is trained; 1 where nothing is.
 

@@ -7,6 +7,7 @@ fitted to runs that were measured (``make bench-forecast``).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import nlargest
 
 from transformers import LlamaConfig
 
@@ -37,10 +38,11 @@ _CUDA_CONTEXT, _CUDA_SHARE = 600 << 20, 0.05
 class Plan:
     """What is asked for, as far as memory and time depend on it.
 
-    ``rows`` are the micro-batch with the most tokens, ``evaluated`` the largest batch of held-out
-    rows; ``device`` is ``cpu`` or ``cuda``; ``share_openings`` as ``flatten`` has it; ``imported``
-    are the bytes that the process holds before it loads anything, on a CPU. ``deal`` gives both
-    kinds of rows anew for other settings, out of all rows; without it they are taken from these.
+    ``rows`` are the micro-batch that needs the most tokens, ``evaluated`` the largest batch of
+    held-out rows; ``device`` is ``cpu`` or ``cuda``; ``share_openings`` as ``flatten`` has it;
+    ``imported`` are the bytes that the process holds before it loads anything, on a CPU. ``deal``
+    gives both kinds of rows anew for other settings, out of all rows; without it they are taken
+    from these.
     """
 
     settings: Settings
@@ -67,7 +69,7 @@ class Plan:
 
 def _longest(rows: Rows, count: int, max_length: int | None) -> Rows:
     """At most ``count``; of longer rows the end, as others of that length may take their place."""
-    kept = sorted(rows, key=len, reverse=True)[:count] if len(rows) > count else rows
+    kept = nlargest(count, rows, key=lambda row: row.needed) if len(rows) > count else rows
     if max_length is None:
         return kept
     return [TokenizedRow(r.index, r.input_ids[-max_length:], r.trained[-max_length:]) for r in kept]

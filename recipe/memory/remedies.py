@@ -104,7 +104,7 @@ def _tried(plan: Plan, change: _Change, before: float) -> Remedy:
 
 def _cost(plan: Plan, found: Forecast) -> float:
     """Of a token, in operations."""
-    tokens = sum(map(len, plan.rows))
+    tokens = sum(row.needed for row in plan.rows)
     a_byte = _FLOPS_A_BYTE.get(plan.device, _FLOPS_A_BYTE["cuda"])
     return (found.trace.flops + found.trace.attention_flops + a_byte * found.trace.written) / tokens
 

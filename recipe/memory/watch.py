@@ -18,7 +18,7 @@ from recipe.model.quantization import scales
 class MemoryWatch(TrainerCallback):
     """Made before anything is loaded.
 
-    ``rows`` are those of the micro-batch that ``saving`` saw, the one with the most tokens;
+    ``rows`` are those of the micro-batch that ``saving`` saw, the one that needs the most tokens;
     ``imported`` are the bytes that the process held before.
     """
 

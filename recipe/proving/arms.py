@@ -74,7 +74,7 @@ def measured_arm(settings: Settings) -> dict[str, Any]:
         after = trainer.evaluate()["eval_loss"]
     process = peak_memory()
     trainer.model.zero_grad(set_to_none=True)
-    rows = max(_batches(trainer), key=lambda rows: sum(map(len, rows)))
+    rows = max(_batches(trainer), key=lambda rows: sum(row.needed for row in rows))
     trainer.rehearse_step(rows, watch.saving(rows, trainer.model))
     trainer.model.zero_grad(set_to_none=True)
     found = watch.measured(trainer.model)

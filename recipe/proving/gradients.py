@@ -83,7 +83,7 @@ def openings(evidence: Evidence) -> Finding:
         return not_applicable(OPENINGS, _rests_on(FLATTENED))
     batch, steps = plan.shapes[0]
     ours = evidence.gradients(batch, steps, share_openings=True)
-    saved, tokens = sum(one.opening for one in shared), sum(map(len, window))
+    saved, tokens = sum(one.opening for one in shared), sum(row.needed for row in window)
     return compared(
         OPENINGS,
         strict_difference(ours, evidence.whole.steps),

@@ -146,6 +146,7 @@ def note_changes(folder: Path, now: Beginning, changed: Sequence[str], *, step: 
     manifest["data"] |= {
         "tokens_sha256": now.tokens_sha256,
         "share_openings": now.share_openings,
+        "layout": now.layout,
     }
     manifest.setdefault("changed", []).append({"after_step": step, "what": list(changed)})
     _replace(file, json.dumps(manifest, indent=1) + "\n")

@@ -16,6 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from recipe.settings import RunFailed
 from recipe.training.loss import TokenLoss, sum_over_processes
 
+# Of this process: what the model was given, and what need not be given.
+_TOKENS = ("computed_tokens", "shared_tokens", "ending_tokens")
+
 
 class RunLog(TrainerCallback):
     """Write each record of the Trainer to ``metrics.jsonl`` and each epoch to the screen.
@@ -33,10 +36,7 @@ class RunLog(TrainerCallback):
         self.trained_tokens = 0
         self.seconds = 0.0
         self.skipped_steps = 0
-        # Of this process: what the model was given, and what need not be given.
-        self.computed_tokens = 0
-        self.shared_tokens = 0
-        self.ending_tokens = 0
+        self.computed_tokens = self.shared_tokens = self.ending_tokens = 0
         self.first_perplexity: float | None = None
         self.first: dict[str, float] = {}  # what later steps are compared with
         self._noted: set[str] = set()
@@ -156,9 +156,7 @@ class RunLog(TrainerCallback):
             "skipped_steps": self.skipped_steps,
             "first_perplexity": self.first_perplexity,
             "first": self.first,
-            "computed_tokens": self.computed_tokens,
-            "shared_tokens": self.shared_tokens,
-            "ending_tokens": self.ending_tokens,
+            **self.token_counts(args.device),
             "records": self._records,
             "ended": state.global_step >= state.max_steps,
             "open_epoch": {
@@ -176,11 +174,10 @@ class RunLog(TrainerCallback):
             "skipped_steps",
             "first_perplexity",
             "first",
-            "computed_tokens",
-            "shared_tokens",
         ):
             setattr(self, name, state[name])
-        self.ending_tokens = state.get("ending_tokens", 0)  # runs from before computed them
+        for name in _TOKENS:  # all processes' together; a run of before knows no endings
+            setattr(self, name, state.get(name, 0) if main_process else 0)
         epoch, open_epoch = state["epoch"], state["open_epoch"]
         if main_process:
             records = read_metrics(self.file)[: state["records"]]
@@ -207,13 +204,9 @@ class RunLog(TrainerCallback):
         """Of all rows that this process trained, whole."""
         return self.computed_tokens + self.shared_tokens + self.ending_tokens
 
-    def not_computed(self, device: torch.device) -> tuple[int, int, int]:
-        """Of all processes: tokens of shared openings, those behind the last that predicts, and all
-        tokens of the rows.
-        """
-        shared, ends = sum_over_processes((float(self.shared_tokens), self.ending_tokens), device)
-        _, tokens = sum_over_processes((0.0, self.tokens), device)
-        return int(shared), ends, tokens
+    def token_counts(self, device: torch.device) -> dict[str, int]:
+        """Of all processes, by the names of this class."""
+        return {name: sum_over_processes((0.0, getattr(self, name)), device)[1] for name in _TOKENS}
 
     def stop(self, message: str) -> NoReturn:
         """End the run, without the bar across the message."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from recipe.training.checkpoints import OF_ANOTHER_SHAPE
 _ALLOWED = {
     "tokens_sha256": "the rows are others than it began with",
     "share_openings": "openings are shared otherwise than it began with",
+    "layout": "micro-batches hold other tokens than those of the version that it began with",
 }
 _BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 # A checkpoint's optimizer and scheduler bring these back, whatever the settings say.
@@ -43,12 +44,14 @@ class Beginning:
     """What a run began with, settings aside.
 
     ``base_sha256`` is explained in ``recipe.model.fingerprint``; ``share_openings`` is what
-    ``data.share_openings`` comes to, and None for runs from before it was written down.
+    ``data.share_openings`` comes to, and ``layout`` that of ``recipe.data.batch``. Both are None
+    for runs from before they were written down.
     """
 
     tokens_sha256: str
     base_sha256: str
     share_openings: bool | None
+    layout: int | None
     processes: int
     engine: str
 
@@ -78,6 +81,8 @@ def check_same_run(
         and key != "name"
         and not key.startswith(("hub.", "judging.", "study."))
     ]
+    if beginning.share_openings is None:  # its layout is another, which says it all
+        beginning = replace(beginning, share_openings=now.share_openings)
     changed = [f.name for f in fields(now) if getattr(beginning, f.name) != getattr(now, f.name)]
     may = {*_ALLOWED, *(key for key in differing if not _in_the_states(key))}
     if _rows_a_step(began) != _rows_a_step(asked):  # the place in the epoch would be another
@@ -136,12 +141,11 @@ def _said(run: Path, began: Beginning, now: Beginning) -> dict[str, Problem]:
             "data.share_openings",
             f"comes to {now.share_openings}, but to {began.share_openings} when {run} began. "
             f"Set it to {str(began.share_openings).lower()}.",
-        )
-        if began.share_openings is not None
-        else Problem(
+        ),
+        "layout": Problem(
             "training.resume_from_checkpoint",
             f"{run} began with a version that drew other dropout masks. Continue it with that "
-            "version, or start anew.",
+            "version, start anew, or add --allow-changed.",
         ),
         "processes": Problem(
             "accelerate launch",
@@ -165,6 +169,7 @@ def _began(run: Path) -> tuple[dict[str, Any], Beginning]:
             manifest["data"]["tokens_sha256"],
             manifest["base_sha256"],
             manifest["data"].get("share_openings"),
+            manifest["data"].get("layout"),
             manifest["processes"],
             manifest.get("engine", _before_engines(manifest["processes"])),
         )

@@ -203,7 +203,7 @@ class TokenWeightedTrainer(Trainer):
         torch.autograd.backward(loss)
 
     def rehearse_evaluation(self) -> None:
-        """The batch of held-out rows that has the most tokens."""
+        """The batch of held-out rows that needs the most tokens."""
         rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
         inputs = self._prepare_inputs(self.data_collator(largest_batch(rows, size)))
         labels, indices = inputs.pop("labels"), inputs.pop("row_indices")

@@ -8,12 +8,13 @@ LoRA and batch are those of configs/lora_alpaca.yaml. An arm is a dtype, of the 
 autocast (fp16 with its scaler; NF4 computes in bf16), and "-ckpt" is with checkpointing. Each
 subject of each arm has a process of its own; all see the same rows in the same order.
 
-Speed is in tokens of the rows, padding not counted and shared openings in full. MFU is against a
-large matrix product in the arm's dtype, timed in the same process before. A token is worth 4 FLOP
-for each weight of a matrix product, the head's included and the embedding table's not: 2 forward, 2
-back to the inputs, since frozen weights need no gradient. Not counted are attention's scores and
-the 2 FLOP a weight that checkpointing computes again. Whoever leaves out the head where nothing is
-trained, or computes an opening once, is credited as if it had done all.
+Speed is in tokens of the rows, padding not counted, shared openings and the ends of rows in full.
+MFU is against a large matrix product in the arm's dtype, timed in the same process before. A token
+is worth 4 FLOP for each weight of a matrix product, the head's included and the embedding table's
+not: 2 forward, 2 back to the inputs, since frozen weights need no gradient. Not counted are
+attention's scores and the 2 FLOP a weight that checkpointing computes again. Whoever leaves out the
+head where nothing is trained, or the ends of rows, or computes an opening once, is credited as if
+it had done all.
 
 recipe/settings needs pydantic and PyYAML; trl-liger also datasets, trl and liger_kernel.
 """

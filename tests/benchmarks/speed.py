@@ -6,8 +6,9 @@
 
 Each subject runs in a fresh process, all of them once a round, in an order that moves on by one
 from round to round; the round's number is the seed. Training is timed from on_train_begin to
-on_train_end and counted in the tokens of the rows, padding not and shared openings in full. This
-process imports no torch: on Linux a child's peak memory begins with that of its parent.
+on_train_end and counted in the tokens of the rows, padding not, shared openings and the ends of
+rows in full. This process imports no torch: on Linux a child's peak memory begins with that of its
+parent.
 """
 
 import argparse

@@ -202,12 +202,12 @@ def test_one_process_of_several(planned, anywhere, strategy):
 
 
 def test_rows_that_are_here_are_counted_as_a_run_takes_them(planned, on_cpu, monkeypatch):
-    seen: list[tuple[int, int, int, int]] = []
+    seen: list[tuple[int, int, int, int, int]] = []
 
     def step(self, model, inputs, *rest):
         computed, shared = sum(inputs["row_lengths"]), sum(inputs["openings"])
         whole = computed + shared + sum(inputs["endings"])
-        seen.append((whole, shared, len(inputs["row_indices"]), computed))
+        seen.append((computed + shared, computed, shared, whole, len(inputs["row_indices"])))
         return training_step(self, model, inputs, *rest)
 
     training_step = TokenWeightedTrainer.training_step
@@ -216,14 +216,15 @@ def test_rows_that_are_here_are_counted_as_a_run_takes_them(planned, on_cpu, mon
     said, found = planned("--config", on_cpu, *rows)
     settings = load_settings(on_cpu, rows)
     finetune(settings)
-    tokens, shared = (sum(one[place] for one in seen) for place in (0, 1))
+    needed, computed, shared, tokens, many = (sum(each) for each in zip(*seen, strict=True))
+    assert tokens == needed + many  # each row has one end
     longest = max(seen)
     assert (
         f"rows      11 of {settings.data.path} · 4 steps, {tokens:,} tokens, {shared / tokens:.0%} "
-        f"of them shared openings · the longest micro-batch has {longest[0]:,} in {longest[2]} rows"
+        f"of them shared openings · the longest micro-batch has {longest[1]:,} in {longest[4]} rows"
     ) in said
     # At one GFLOP/s of matrix products, and what is written beside.
-    flops = found["flops_micro_batch"] * sum(one[3] for one in seen) / longest[3]
+    flops = found["flops_micro_batch"] * computed / longest[1]
     assert round(flops / 1e9) <= found["seconds"] <= 3 * flops / 1e9 + 1
 
 
@@ -233,7 +234,7 @@ def test_rows_that_are_here_are_counted_as_a_run_takes_them(planned, on_cpu, mon
         (["data.template=chat"], "longest micro-batch has"),
         ([NF4, "lora.lora_dropout=0.1"], "on a CUDA card"),
         (["training.report_to=wandb"], "memory"),
-        (["data.rows=0:1"], "has 43 in 1 row"),
+        (["data.rows=0:1"], "has 42 in 1 row"),
         (["data.rows=0:8", "data.held_out=8:12"], "rows      8 of"),
         (["training.max_steps=1"], "1 step"),
         (["training.optim=lomo"], "lomo: its state is taken for AdamW's"),

@@ -38,7 +38,7 @@ def test_hours_are_operations_by_the_makers_rate(long_run):
     assert len(hours) == len(CARDS)
     trace = forecast(long_run.plan).trace
     flops = trace.flops + trace.attention_flops
-    own = sum(map(len, long_run.plan.rows))  # more than are computed, where openings are shared
+    own = sum(map(len, long_run.plan.rows))  # more than are computed
     for card in CARDS:
         least = flops / own * 10**13 / (0.45 * card.single) / 3600
         assert least <= hours[card.name] <= 1.5 * least

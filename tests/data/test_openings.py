@@ -1,4 +1,6 @@
-"""Shared openings against rows written out whole: no token lost, none shared that has a loss."""
+"""Shared openings against rows written out: no token lost that is needed, none shared that has a
+loss.
+"""
 
 import numpy as np
 import pytest
@@ -12,13 +14,15 @@ from recipe.data.tokens import TokenizedRow
 OPENING = list(range(100, 120))
 
 
-def row(index, ids, prompt):
-    trained = np.arange(len(ids)) >= prompt
+def row(index, ids, prompt, tail=0):
+    """The last ``tail`` tokens are not trained, as of a conversation that is cut."""
+    places = np.arange(len(ids))
+    trained = (places >= prompt) & (places < len(ids) - tail)
     return TokenizedRow(index, np.array(ids, dtype=np.int32), trained)
 
 
 def rebuilt(batch):
-    """Each whole row's ids and positions, by what the batch says of its opening."""
+    """Ids and positions of each row as far as it is needed, by what the batch says of openings."""
     rows, start = [], 0
     for own, opening in zip(batch["row_lengths"], batch["openings"], strict=True):
         ids, positions = (
@@ -68,21 +72,22 @@ def test_two_templates_and_a_stranger():
 SMALL = st.lists(st.integers(1, 3), min_size=2, max_size=14)
 
 
-@given(st.lists(st.tuples(SMALL, st.integers(0, 14)), min_size=1, max_size=6))
+@given(st.lists(st.tuples(SMALL, st.integers(0, 14), st.integers(0, 4)), min_size=1, max_size=6))
 def test_rows_and_targets_are_those_of_the_plain_batch(drawn):
     rows = [
-        row(i, [*OPENING, *ids], min(18 + prompt, 19 + len(ids)))
-        for i, (ids, prompt) in enumerate(drawn)
+        row(i, [*OPENING, *ids, *[8] * tail], min(18 + prompt, 19 + len(ids)), tail)
+        for i, (ids, prompt, tail) in enumerate(drawn)
     ]
     plain, shared = flatten(rows), flatten(rows, share_openings=True)
     assert targets(shared) == targets(plain)
     by_index = dict(zip(shared["row_indices"], rebuilt(shared), strict=True))
     for one in rows:
-        # From the last token nothing is predicted.
-        assert by_index[one.index] == (one.input_ids[:-1].tolist(), list(range(len(one) - 1)))
+        needed = int(np.flatnonzero(one.trained)[-1])  # from the last trained one nothing is
+        assert by_index[one.index] == (one.input_ids[:needed].tolist(), list(range(needed)))
     assert len(set(shared["logits_to_keep"].tolist()) - {0}) >= len(targets(plain)) - 1
     if len(rows) > 1:
         assert sum(shared["openings"]) >= 17 * (len(rows) - 1)
+    assert shared["endings"] == [1 + drawn[index][2] for index in shared["row_indices"]]
 
 
 def test_an_opening_ends_before_the_last_prompt_token():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from recipe.data.batch import LAYOUT
 from recipe.finetune import finetune
 from recipe.sealed import damage
 from recipe.settings import RunFailed, UserError, load_settings
@@ -395,12 +397,45 @@ def test_a_run_that_computed_otherwise_is_not_continued(config, tmp_path):
             '"share_openings": false',
             r"data.share_openings: comes to True, but to False .* to false",
         ),
-        ('"other": 1', "began with a version that drew other dropout masks"),
+        ('"share_openings": true', None),
+        ('"other": 1', None),
     ):
-        assert '"share_openings": true' in kept
-        manifest.write_text(kept.replace('"share_openings": true', began))
-        with pytest.raises(UserError, match=message):
+        changed = kept.replace('"share_openings": true', began)
+        if message is None:
+            changed = changed.replace(f'"layout": {LAYOUT}', '"another": 1')
+            message = "^training.resume_from_checkpoint: .* a version that drew other dropout masks"
+        assert changed != kept
+        manifest.write_text(changed)
+        with pytest.raises(UserError, match=message) as raised:
             run(config, resume)
+        assert len(raised.value.problems) == 1
+    finetune(load_settings(str(config), [resume]), allow_changed=True)
+    (told,) = json.loads(manifest.read_text())["changed"]
+    assert told["what"] == [
+        "micro-batches hold other tokens than those of the version that it began with"
+    ]
+    assert json.loads(manifest.read_text())["data"]["layout"] == LAYOUT
+
+
+def test_a_resumed_run_accounts_for_all_its_tokens(config, capsys):
+    """3 epochs of 6 rows, each with one token that predicts nothing."""
+    run(config)
+    (expected,) = account_of(capsys)
+    folder = Path(load_settings(str(config)).training["output_dir"])
+    shutil.rmtree(folder)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, watchers=[StopAt(2)])
+    assert account_of(capsys) == []
+    run(config, f"training.resume_from_checkpoint={folder}")
+    assert account_of(capsys) == [expected]
+    data = json.loads((folder / "manifest.json").read_text())["data"]
+    rows = 3 * data["rows"]
+    assert f" of {3 * data['tokens']:,} tokens not computed: " in expected
+    assert f" {rows} at the ends of rows" in expected
+
+
+def account_of(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if "not computed" in line]
 
 
 @pytest.mark.parametrize("overrides", [[], ["lora.init_lora_weights=pissa"]])
