@@ -22,6 +22,7 @@ _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.mm.out,
     torch.ops.aten.addmm.default,
+    torch.ops.aten.addmm.out,
     torch.ops.aten.bmm.default,
     torch.ops.aten._int_mm.default,
 }

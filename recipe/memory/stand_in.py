@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from recipe.model import attention
 from recipe.model.feed_forward import checkpoint_feed_forward
 from recipe.model.lora import add_lora
+from recipe.model.lora_linear import JoinedLinear
 from recipe.settings import Settings, plain
 
 _4BIT_BLOCK = 64  # weights that share a scale
@@ -55,7 +56,7 @@ def stand_in(
         lora = {**settings.lora, "init_lora_weights": True}
         model = add_lora(base, lora, mixed_precision=mixed)
     if device == "cuda":
-        _exchange_dropout(model)
+        _adapt_as_on_cuda(model)
     _make_fake(model, mode)
     if checkpoints_activations(settings):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -105,8 +106,10 @@ class _FusedDropout(nn.Dropout):
         return dropped
 
 
-def _exchange_dropout(model: nn.Module) -> None:
+def _adapt_as_on_cuda(model: nn.Module) -> None:
     for module in model.modules():
+        if type(module) is JoinedLinear:
+            module.__class__ = Linear
         if isinstance(module, LoraLayer):
             for name, dropout in module.lora_dropout.items():
                 if isinstance(dropout, nn.Dropout):

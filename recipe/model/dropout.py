@@ -23,14 +23,22 @@ class SixteenBitDropout(nn.Dropout):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Drop elements of ``x``, of any shape and float dtype."""
-        dropped = round(self.p * _LEVELS)
-        if x.device.type != "cpu" or not self.training or dropped in (0, _LEVELS):
+        if not self.draws(x):
             return super().forward(x)
+        y: torch.Tensor = _Masked.apply(x, *self.drawn(x))  # type: ignore[no-untyped-call]
+        return y
+
+    def draws(self, x: torch.Tensor) -> bool:
+        """Whether elements of ``x`` are dropped by ``drawn``."""
+        some = round(self.p * _LEVELS) not in (0, _LEVELS)
+        return x.device.type == "cpu" and self.training and some
+
+    def drawn(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """1 for what is kept, uint8 of the shape of ``x``, and the factor on it."""
+        dropped = round(self.p * _LEVELS)
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         kept = _reaches(words.view(torch.int16)[: x.numel()], dropped - _LEVELS // 2)
-        factor = _LEVELS / (_LEVELS - dropped)
-        y: torch.Tensor = _Masked.apply(x, kept.view(x.shape), factor)  # type: ignore[no-untyped-call]
-        return y
+        return kept.view(x.shape), _LEVELS / (_LEVELS - dropped)
 
 
 def _reaches(numbers: torch.Tensor, least: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from recipe.model.dropout import quicken
 from recipe.model.last_layer import end_where_nothing_is_predicted
+from recipe.model.lora_linear import join_adapters
 from recipe.model.quantization import kind_of
 from recipe.model.rms_norm import shorten_norms
 from recipe.model.swiglu import keep_two_factors
@@ -65,6 +66,7 @@ def add_lora(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     quicken(model)
+    join_adapters(model)
     keep_two_factors(model)
     shorten_norms(model)
     end_where_nothing_is_predicted(model)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from recipe.data.batch import IGNORED, KEPT_MULTIPLE
+from recipe.model.lora_linear import hooked
 from recipe.model.shards import whole
 from recipe.training.loss import logit_gradient, nll_in_place, token_nll
 
@@ -112,15 +113,8 @@ def _as_it_is(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _applies_alone(head: nn.Module) -> bool:
-    hooks = (
-        head._forward_hooks,
-        head._forward_pre_hooks,
-        head._backward_hooks,
-        head._backward_pre_hooks,
-    )
-    hooked = any(hooks) or hasattr(head, "_hf_hook")
     trained = any(parameter.requires_grad for parameter in head.parameters())
-    return type(head) is nn.Linear and not trained and not hooked
+    return type(head) is nn.Linear and not trained and not hooked(head)
 
 
 class _ChunkedNLL(torch.autograd.Function):
