@@ -84,7 +84,7 @@ def _counted(
         f"rows      {len(trained):,} of {settings.data.path} · "
         f"{planned_steps(_arguments(settings), len(trained)):,} steps, {tokens:,} tokens, "
         f"{shared / tokens:.0%} of them shared openings · the longest micro-batch has "
-        f"{computed(decisive, share=share):,} in {len(decisive)} rows"
+        f"{computed(decisive, share=share):,} left in {len(decisive)} rows"
     )
     deal = partial(_decisive, data)
     plan = Plan(settings, config, decisive, held_out, device, share, resident(), deal)

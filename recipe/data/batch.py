@@ -9,7 +9,7 @@ from recipe.data.openings import Opened, shared_openings
 from recipe.data.tokens import TokenizedRow
 
 # Raised when the tokens of a micro-batch become others: dropout then draws other masks, and a run
-# that began with the layout before is not continued.
+# that began with the layout before is not continued unless --allow-changed says so.
 LAYOUT = 2
 IGNORED = -100  # cross_entropy's ignore_index, and what the Trainer does not count
 # The gradient of the kept logits is summed over the whole vocabulary by a matrix product with K

@@ -72,7 +72,13 @@ def _longest(rows: Rows, count: int, max_length: int | None) -> Rows:
     kept = nlargest(count, rows, key=lambda row: row.needed) if len(rows) > count else rows
     if max_length is None:
         return kept
-    return [TokenizedRow(r.index, r.input_ids[-max_length:], r.trained[-max_length:]) for r in kept]
+    return [_ending(row, max_length) for row in kept]
+
+
+def _ending(row: TokenizedRow, tokens: int) -> TokenizedRow:
+    """The last tokens of what is needed of ``row``, and the one that these predict."""
+    end = slice(max(row.needed + 1 - tokens, 0), row.needed + 1)
+    return TokenizedRow(row.index, row.input_ids[end], row.trained[end])
 
 
 @dataclass(frozen=True)

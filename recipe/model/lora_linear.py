@@ -25,14 +25,14 @@ def join_adapters(model: nn.Module) -> None:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether something happens around the module's forward or backward pass."""
+    """Whether something happens around the module's forward or backward pass, or in its place."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return any(hooks) or hasattr(module, "_hf_hook")
+    return any(hooks) or hasattr(module, "_hf_hook") or "forward" in vars(module)
 
 
 class JoinedLinear(Linear):  # type: ignore[misc]
@@ -45,12 +45,13 @@ class JoinedLinear(Linear):  # type: ignore[misc]
         (adapter,) = self.active_adapters
         first, second = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         dropout, factor, kept = self.lora_dropout[adapter], self.scaling[adapter], None
+        states = x.reshape(-1, x.shape[-1])
         if isinstance(dropout, SixteenBitDropout):
-            kept, share = dropout.drawn(x)
-            factor *= share
+            kept, share = dropout.drawn(states)
+            factor = factor * share
         base = self.base_layer
-        joined = _Products.apply(x, base.weight, base.bias, first, second, kept, factor)  # type: ignore[no-untyped-call]
-        return joined
+        joined = _Products.apply(states, base.weight, base.bias, first, second, kept, factor)  # type: ignore[no-untyped-call]
+        return joined.view(*x.shape[:-1], len(base.weight))
 
     def _plain(self, x: torch.Tensor) -> bool:
         active = self.active_adapters
@@ -79,7 +80,7 @@ def _draws(dropout: nn.Module, x: torch.Tensor) -> bool:
 class _Products(torch.autograd.Function):
     """x·Wᵀ + bias + factor · (kept ∘ x)·Aᵀ·Bᵀ.
 
-    x (..., in), W (out, in), A (r, in), B (out, r), all of one dtype; kept, uint8 as x, or None.
+    x (T, in), W (out, in), A (r, in), B (out, r), all of one dtype; kept, uint8 (T, in), or None.
     """
 
     @staticmethod
@@ -93,22 +94,19 @@ class _Products(torch.autograd.Function):
         kept: torch.Tensor | None,
         factor: float,
     ) -> torch.Tensor:
-        states = x.reshape(-1, x.shape[-1])
-        low = F.linear(_masked(states, kept), first)
+        low = F.linear(x if kept is None else kept.to(x.dtype).mul_(x), first)
         ctx.save_for_backward(x, weight, first, second, kept, low)
         ctx.factor = factor
-        out = F.linear(states, weight, bias)
-        torch.addmm(out, low, second.T, alpha=factor, out=out)
-        return out.view(*x.shape[:-1], len(weight))
+        out = F.linear(x, weight, bias)
+        return torch.addmm(out, low, second.T, alpha=factor, out=out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, first, second, kept, low = ctx.saved_tensors
-        outer, states = outer.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
-        mask = None if kept is None else kept.view_as(states).to(x.dtype)
+        mask = None if kept is None else kept.to(x.dtype)
         through = outer @ second
-        of_first = (through.T @ (states if mask is None else states * mask)).mul_(ctx.factor)
+        of_first = (through.T @ (x if mask is None else x * mask)).mul_(ctx.factor)
         of_second = (outer.T @ low).mul_(ctx.factor)
         of_x = None
         if ctx.needs_input_grad[0]:
@@ -117,9 +115,4 @@ class _Products(torch.autograd.Function):
                 torch.addmm(of_x, through, first, alpha=ctx.factor, out=of_x)
             else:
                 of_x.addcmul_(through @ first, mask, value=ctx.factor)
-            of_x = of_x.view_as(x)
         return of_x, None, None, of_first, of_second, None, None
-
-
-def _masked(states: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    return states if kept is None else kept.view_as(states).to(states.dtype).mul_(states)

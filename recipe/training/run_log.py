@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from recipe.settings import RunFailed
 from recipe.training.loss import TokenLoss, sum_over_processes
 
-# Of this process: what the model was given, and what need not be given.
+# What the model was given, and what need not be given: of this process, and on the main one also of
+# all before a stop.
 _TOKENS = ("computed_tokens", "shared_tokens", "ending_tokens")
 
 
@@ -176,8 +177,9 @@ class RunLog(TrainerCallback):
             "first",
         ):
             setattr(self, name, state[name])
-        for name in _TOKENS:  # all processes' together; a run of before knows no endings
-            setattr(self, name, state.get(name, 0) if main_process else 0)
+        counts = {"ending_tokens": 0, **state}  # a run from before has none
+        for name in _TOKENS:  # of all processes together
+            setattr(self, name, counts[name] if main_process else 0)
         epoch, open_epoch = state["epoch"], state["open_epoch"]
         if main_process:
             records = read_metrics(self.file)[: state["records"]]
@@ -201,7 +203,7 @@ class RunLog(TrainerCallback):
 
     @property
     def tokens(self) -> int:
-        """Of all rows that this process trained, whole."""
+        """Of all rows trained, whole."""
         return self.computed_tokens + self.shared_tokens + self.ending_tokens
 
     def token_counts(self, device: torch.device) -> dict[str, int]:

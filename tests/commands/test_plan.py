@@ -221,7 +221,8 @@ def test_rows_that_are_here_are_counted_as_a_run_takes_them(planned, on_cpu, mon
     longest = max(seen)
     assert (
         f"rows      11 of {settings.data.path} · 4 steps, {tokens:,} tokens, {shared / tokens:.0%} "
-        f"of them shared openings · the longest micro-batch has {longest[1]:,} in {longest[4]} rows"
+        f"of them shared openings · the longest micro-batch has {longest[1]:,} left in "
+        f"{longest[4]} rows"
     ) in said
     # At one GFLOP/s of matrix products, and what is written beside.
     flops = found["flops_micro_batch"] * computed / longest[1]
@@ -234,7 +235,7 @@ def test_rows_that_are_here_are_counted_as_a_run_takes_them(planned, on_cpu, mon
         (["data.template=chat"], "longest micro-batch has"),
         ([NF4, "lora.lora_dropout=0.1"], "on a CUDA card"),
         (["training.report_to=wandb"], "memory"),
-        (["data.rows=0:1"], "has 42 in 1 row"),
+        (["data.rows=0:1"], "has 42 left in 1 row"),
         (["data.rows=0:8", "data.held_out=8:12"], "rows      8 of"),
         (["training.max_steps=1"], "1 step"),
         (["training.optim=lomo"], "lomo: its state is taken for AdamW's"),

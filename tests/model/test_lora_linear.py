@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from recipe.model.dropout import quicken
@@ -84,17 +85,21 @@ def test_output_and_gradients_are_pefts(by_peft, shape, lora_dropout, bias, more
 def test_an_input_that_needs_no_gradient_gets_none(by_peft):
     stock, ours = pair()
     expected = there_and_back(stock, inputs(1, 9), first=True)
-    for ours_is, theirs in zip(
-        there_and_back(ours, inputs(1, 9), first=True), expected, strict=True
-    ):
+    with FlopCounterMode(display=False) as counted:
+        found = there_and_back(ours, inputs(1, 9), first=True)
+    for ours_is, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours_is, theirs, rtol=1e-12, atol=1e-12)
     assert len(by_peft) == 1
+    # Forward, and back to B, from there to A's output and to A; not to x.
+    assert counted.get_total_flops() == 2 * 9 * (IN * OUT + 2 * RANK * IN + 3 * RANK * OUT)
 
 
 def test_an_input_with_holes(by_peft):
     stock, ours = pair()
-    x = inputs(1, 18)[:, ::2]
-    for ours_is, theirs in zip(there_and_back(ours, x), there_and_back(stock, x), strict=True):
+    x = inputs(3, 5).transpose(0, 1)
+    found = there_and_back(ours, x)
+    assert by_peft == []
+    for ours_is, theirs in zip(found, there_and_back(stock, x), strict=True):
         torch.testing.assert_close(ours_is, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -123,6 +128,18 @@ OTHERWISE = {
         layer_of(model)
         .lora_A["default"]
         .register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    ),
+    "hook on the way back": lambda model: layer_of(model).base_layer.register_full_backward_hook(
+        lambda module, grads, outer: None
+    ),
+    "hook before the way back": lambda model: (
+        layer_of(model)
+        .lora_B["default"]
+        .register_full_backward_pre_hook(lambda module, outer: None)
+    ),
+    "forward of accelerate": lambda model: setattr(layer_of(model).base_layer, "_hf_hook", 1),
+    "forward of its own": lambda model: setattr(
+        layer_of(model).base_layer, "forward", lambda x: x.new_ones(*x.shape[:-1], OUT)
     ),
     "hook on B": lambda model: (
         layer_of(model).lora_B["default"].register_forward_hook(lambda module, given, out: 2 * out)
@@ -159,6 +176,13 @@ def test_other_kinds_of_adapter_are_left_to_peft(by_peft, lora):
         outputs.append(model(inputs(1, 9)))
     assert len(by_peft) == 2
     assert torch.equal(*outputs)
+
+
+def test_answers_are_pefts_bit_by_bit_without_dropout_too(by_peft):
+    """What is published is compared with what was trained, to the bit."""
+    stock, ours = (model.eval() for model in pair(lora_dropout=0.0))
+    assert torch.equal(stock(inputs(1, 9)), ours(inputs(1, 9)))
+    assert len(by_peft) == 2
 
 
 def test_elsewhere_than_on_a_cpu_it_is_pefts(by_peft):

@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from recipe.data.batch import LAYOUT
 from recipe.finetune import finetune
@@ -16,6 +17,8 @@ from recipe.sealed import damage
 from recipe.settings import RunFailed, UserError, load_settings
 from recipe.training import run_folder
 from recipe.training import trainer as trainer_module
+from recipe.training.loss import TokenLoss
+from recipe.training.run_log import RunLog
 
 NF4 = (
     "model.quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, "
@@ -432,6 +435,20 @@ def test_a_resumed_run_accounts_for_all_its_tokens(config, capsys):
     rows = 3 * data["rows"]
     assert f" of {3 * data['tokens']:,} tokens not computed: " in expected
     assert f" {rows} at the ends of rows" in expected
+
+
+def test_counts_of_all_processes_are_taken_up_once(tmp_path):
+    made, args = RunLog(TokenLoss(), peak_memory=dict), SimpleNamespace(device=torch.device("cpu"))
+    made.computed_tokens, made.shared_tokens, made.ending_tokens = 70, 20, 10
+    made.file = tmp_path / "metrics.jsonl"
+    made.file.touch()
+    state = made.state(args, TrainerState(epoch=1.0))
+    for main_process, counts in ((True, [70, 20, 10]), (False, [0, 0, 0])):
+        log = RunLog(TokenLoss(), peak_memory=dict)
+        log.file = made.file
+        log.resume(state, main_process=main_process)
+        assert list(log.token_counts(args.device).values()) == counts
+        assert log.tokens == sum(counts)
 
 
 def account_of(capsys):
