@@ -18,9 +18,9 @@ _MIB = 2**20
 class Measured:
     """Bytes of real tensors, and the peak as the system counts it.
 
-    ``saved`` are the activations between forward and backward pass of the micro-batch that needs the
-    most tokens, ``gradients`` None where an engine gives them to no parameter, ``peak`` is of the
-    resident set, or allocated on CUDA, where ``reserved`` is what torch holds of the card.
+    ``saved`` are the activations between forward and backward pass of the micro-batch that needs
+    the most tokens, ``gradients`` None where an engine gives them to no parameter, ``peak`` is of
+    the resident set, or allocated on CUDA, where ``reserved`` is what torch holds of the card.
     """
 
     weights: int
