@@ -152,17 +152,21 @@ OTHERWISE = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERWISE)
-def test_what_is_not_the_plain_case_is_left_to_peft(by_peft, what):
-    stock, ours = pair()
-    for model in (stock, ours):
-        OTHERWISE[what](model)
+def assert_left_to_peft(stock: nn.Module, ours: nn.Module, by_peft: list[nn.Module]) -> None:
     outputs = []
     for model in (stock, ours):
         torch.manual_seed(3)
         outputs.append(model(inputs(1, 9)))
     assert len(by_peft) == 2
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_what_is_not_the_plain_case_is_left_to_peft(by_peft, what):
+    stock, ours = pair()
+    for model in (stock, ours):
+        OTHERWISE[what](model)
+    assert_left_to_peft(stock, ours, by_peft)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +174,7 @@ def test_what_is_not_the_plain_case_is_left_to_peft(by_peft, what):
 )
 def test_other_kinds_of_adapter_are_left_to_peft(by_peft, lora):
     stock, ours = pair(bias=True, **lora)
-    outputs = []
-    for model in (stock, ours):
-        torch.manual_seed(3)
-        outputs.append(model(inputs(1, 9)))
-    assert len(by_peft) == 2
-    assert torch.equal(*outputs)
+    assert_left_to_peft(stock, ours, by_peft)
 
 
 def test_answers_are_pefts_bit_by_bit_without_dropout_too(by_peft):
