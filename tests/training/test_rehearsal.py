@@ -2,13 +2,17 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from recipe import rehearsal as rehearsal_module
+from recipe.data.tokens import TokenizedRow
 from recipe.finetune import finetune
+from recipe.memory.forecast import _longest
 from recipe.rehearsal import rehearse
 from recipe.settings import RunFailed, load_settings
 from recipe.training.trainer import TokenWeightedTrainer
@@ -79,6 +83,31 @@ def test_it_takes_the_longest_micro_batch_of_the_run(config, monkeypatch):
         shutil.rmtree(run(config, *overrides))
         most = max(tokens for tokens, _ in seen)
         assert taken[0] in [sorted(rows) for tokens, rows in seen if tokens == most]
+
+
+def cut_conversations() -> list[TokenizedRow]:
+    """Of 9 tokens 2 are needed of the first, of 6 tokens 5 of the others."""
+    whole, needed = (9, 6, 6), (2, 5, 5)
+    return [
+        TokenizedRow(index, np.arange(n, dtype=np.int32), np.arange(n) == last)
+        for index, (n, last) in enumerate(zip(whole, needed, strict=True))
+    ]
+
+
+def test_what_is_longest_needs_most():
+    """The end of a row from which nothing is predicted takes no memory."""
+    rows = cut_conversations()
+    loader = SimpleNamespace(batch_sampler=[[0], [1], [2]], set_epoch=lambda epoch: None)
+    trainer = SimpleNamespace(
+        train_dataset=rows,
+        callback_handler=SimpleNamespace(train_dataloader=loader),
+        state=SimpleNamespace(max_steps=3),
+        args=SimpleNamespace(gradient_accumulation_steps=1),
+    )
+    assert [r.index for r in TokenWeightedTrainer.longest_micro_batch(trainer)] == [1]
+    assert [r.index for r in _longest(rows, 2, None)] == [1, 2]
+    (cut,) = _longest(rows, 1, 4)
+    assert (cut.input_ids.tolist(), cut.needed) == ([2, 3, 4, 5], 3)
 
 
 def test_too_little_memory_is_told_before_the_first_step(config, tmp_path, monkeypatch):
