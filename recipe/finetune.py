@@ -74,8 +74,8 @@ from recipe.training.same_run import Beginning, check_same_run, flat
 from recipe.training.signals import StopOnSignal
 from recipe.training.trainer import TokenWeightedTrainer
 
-# The trainer as its first step finds it, the rows, and how to say a line.
-Rehearsal = Callable[[TokenWeightedTrainer, Data, Callable[[str], None]], None]
+# The trainer as its first step finds it, what was decided, and how to say a line.
+Rehearsal = Callable[[TokenWeightedTrainer, Run, Callable[[str], None]], None]
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def finetune(
         _begin(settings, prepared, resumed, changed, say)
         if rehearse:
             fresh = FreshFolder(folder, made=made) if resumed is None else None
-            trainer.add_callback(Rehearse(partial(rehearse, trainer, prepared.data, say), fresh))
+            trainer.add_callback(Rehearse(partial(rehearse, trainer, run, say), fresh))
         with prepared.stop.listening():
             train(trainer, resumed)
             after = _held_out_perplexity(trainer)

@@ -16,8 +16,10 @@ import torch
 from tqdm import tqdm
 
 from recipe.memory.probe import in_words, peak_memory
+from recipe.memory.tried import Trial, circumstances
 from recipe.memory.watch import MemoryWatch
 from recipe.model.shards import saved_state, whole_adapter
+from recipe.run_account import Run
 from recipe.run_data import Data
 from recipe.sealed import damage, seal
 from recipe.settings import RunFailed
@@ -31,10 +33,11 @@ _NEW_TOKENS = 4
 
 def rehearse(
     trainer: TokenWeightedTrainer,
-    data: Data,
+    run: Run,
     say: Callable[[str], None],
     *,
     memory: MemoryWatch | None = None,
+    known: Path | None = None,
 ) -> None:
     """The longest micro-batch of the run forward and backward, an evaluation batch, a checkpoint
     saved and reopened, and a few generated tokens. Nothing of it stays: no gradient, no file, and
@@ -43,6 +46,8 @@ def rehearse(
     Args:
         trainer: ready to take its first step; every process calls this.
         memory: sees the longest micro-batch.
+        known: folder that tells which longest micro-batches went through before; those of one
+            process are not tried again while nothing has changed. None: each is tried.
 
     Raises:
         RunFailed: what cannot be done, and what to do about it.
@@ -51,11 +56,7 @@ def rehearse(
     said: list[str] = []
 
     def longest() -> None:
-        rows = trainer.longest_micro_batch()
-        watched = memory.saving(rows, trainer.model) if memory else None
-        tokens = trainer.rehearse_step(rows, watched)
-        many = rows_in_words([rows[0].index]) if len(rows) == 1 else f"{len(rows)} rows"
-        said.append(f"longest micro-batch ({many}, {tokens:,} tokens)")
+        said.append(_longest(trainer, run, memory, known))
 
     def evaluation() -> None:
         if trainer.eval_dataset:
@@ -67,7 +68,7 @@ def rehearse(
         said.append("checkpoint saved and reopened")
 
     def generation() -> None:
-        _generate(trainer, data)
+        _generate(trainer, run.data)
         said.append("generation")
 
     parts = (longest, evaluation, saving, generation)
@@ -77,6 +78,26 @@ def rehearse(
             part()
     seconds = time.perf_counter() - started
     say(f"rehearsed {', '.join(said)} · {seconds:.1f} s · {in_words(peak_memory())}")
+
+
+def _longest(
+    trainer: TokenWeightedTrainer, run: Run, memory: MemoryWatch | None, known: Path | None
+) -> str:
+    """Try it, or find that it has been tried; which of these, in words."""
+    rows = trainer.longest_micro_batch()
+    many = rows_in_words([rows[0].index]) if len(rows) == 1 else f"{len(rows)} rows"
+    if memory is None or known is None or run.arguments.world_size > 1:
+        watched = memory.saving(rows, trainer.model) if memory else None
+        return f"longest micro-batch ({many}, {trainer.rehearse_step(rows, watched):,} tokens)"
+    facts = run.data.tokens_sha256, run.base_sha256
+    trial = Trial(known, run.arguments.device.type, circumstances(run.settings, *facts))
+    if before := trial.before():
+        memory.recall(rows, before.saved)
+        went = f"it went through on {before.date}, and nothing has changed"
+        return f"longest micro-batch ({many}, {before.tokens:,} tokens; {went})"
+    tokens = trainer.rehearse_step(rows, memory.saving(rows, trainer.model))
+    trial.note(tokens, memory.saved)
+    return f"longest micro-batch ({many}, {tokens:,} tokens)"
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def _main(arguments: list[str] | None) -> None:
         show_data(settings, args.show_data)
         return
     with everything_stays():
+        from recipe.data.cache import recipe_cache
         from recipe.finetune import check, finetune
         from recipe.memory.watch import MemoryWatch
         from recipe.rehearsal import rehearse
@@ -112,7 +113,9 @@ def _main(arguments: list[str] | None) -> None:
     memory = None if args.no_rehearsal else MemoryWatch()
     run = finetune(
         settings,
-        rehearse=partial(rehearse, memory=memory) if memory else None,
+        rehearse=partial(rehearse, memory=memory, known=recipe_cache() / "rehearsed")
+        if memory
+        else None,
         memory=memory,
         allow_changed=args.allow_changed,
     )

@@ -48,6 +48,20 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def held(device: str) -> int:
+    """Bytes that this process holds of the memory of ``device`` now: ``cuda``, or any other's."""
+    return int(torch.cuda.memory_reserved()) if device == "cuda" else resident()
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that nobody holds of the memory of ``device``; None where that is not known."""
+    if device == "cpu":
+        return int(psutil.virtual_memory().available)
+    if device == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return None
+
+
 def allocated_peak(step: Callable[[], None]) -> int:
     """Bytes that the allocator hands out at most while ``step`` runs, beyond those that are out
     when it begins: by CUDA's own counters, or by torch's profiler, which a CPU's tells.

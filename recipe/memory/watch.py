@@ -48,6 +48,15 @@ class MemoryWatch(TrainerCallback):
         alive = [n for n, one in kept.values() if not one.expired()]  # type: ignore[no-untyped-call]
         self._saved = sum(alive)
 
+    @property
+    def saved(self) -> int:
+        """Bytes that ``saving`` counted."""
+        return self._saved
+
+    def recall(self, rows: Sequence[TokenizedRow], saved: int) -> None:
+        """As ``saving`` with what an earlier start counted of the same rows."""
+        self.rows, self._saved = rows, saved
+
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from transformers import LlamaForCausalLM
 
 from recipe.data.tokens import TokenizedRow
+from recipe.memory.probe import free_memory
 from recipe.model.checkpoint import load_config
 from recipe.run_data import Data, load_data
 from recipe.settings import HubSettings, Settings, UserError, plain
@@ -152,7 +152,7 @@ def _too_large(settings: Settings) -> str | None:
         parameters = LlamaForCausalLM(load_config(settings.model)).num_parameters()
     needed = 1.2 * 4 * parameters
     on_cpu = _on_cpu(settings)
-    free = psutil.virtual_memory().available if on_cpu else _free_on_gpu()
+    free = free_memory("cpu" if on_cpu else "cuda")
     if free is None or needed <= free:
         return None
     said = f"needs about {needed / _GIB:.0f} GiB in float32, and {free / _GIB:.0f} GiB are free"
@@ -162,10 +162,6 @@ def _too_large(settings: Settings) -> str | None:
             f"{settings.model.name_or_path} {said}. Prove it on a GPU, or prove a smaller model.",
         )
     return f"the model {said}"
-
-
-def _free_on_gpu() -> int | None:
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
 
 
 def _hide_other_gpus(settings: Settings) -> str | None:

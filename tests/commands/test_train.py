@@ -119,6 +119,19 @@ def test_show_data_prints_rows_and_table_and_writes_nothing(write_config, tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_was_rehearsed_is_known_to_the_next_start(
+    write_config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    config, said = str(write_config(training={"num_train_epochs": 1})), []
+    for name in ("first", "second"):
+        assert in_process("--config", config, f"training.output_dir={tmp_path / name}") == 0
+        said.append(capsys.readouterr().out)
+    assert len(list((tmp_path / "home/recipe/rehearsed").iterdir())) == 1
+    assert ["; it went through on " in one for one in said] == [False, True]
+    assert all("\nrehearsed longest micro-batch (4 rows, " in one for one in said)
+
+
 def test_only_the_first_of_several_processes_shows_rows(write_config, capsys, monkeypatch):
     config = str(write_config())
     for rank, shown in (("1", False), ("0", True)):
