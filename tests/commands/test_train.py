@@ -119,9 +119,7 @@ def test_show_data_prints_rows_and_table_and_writes_nothing(write_config, tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_was_rehearsed_is_known_to_the_next_start(
-    write_config, tmp_path, capsys, monkeypatch
-):
+def test_what_was_rehearsed_is_known_to_the_next_start(write_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     config, said = str(write_config(training={"num_train_epochs": 1})), []
     for name in ("first", "second"):
