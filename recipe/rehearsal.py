@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from recipe.memory.probe import in_words, peak_memory
-from recipe.memory.tried import Trial, circumstances
+from recipe.memory.tried import DEVICES, Trial, circumstances
 from recipe.memory.watch import MemoryWatch
 from recipe.model.shards import saved_state, whole_adapter
 from recipe.run_account import Run
@@ -25,6 +25,7 @@ from recipe.sealed import damage, seal
 from recipe.settings import RunFailed
 from recipe.sharing.adapter_folder import unlike
 from recipe.sharing.probes import as_generation_sees, encode_probes
+from recipe.training.engine import asked_engine
 from recipe.training.finite import in_words as rows_in_words
 from recipe.training.trainer import TokenWeightedTrainer
 
@@ -40,14 +41,15 @@ def rehearse(
     known: Path | None = None,
 ) -> None:
     """The longest micro-batch of the run forward and backward, an evaluation batch, a checkpoint
-    saved and reopened, and a few generated tokens. Nothing of it stays: no gradient, no file, and
-    the random numbers that training draws are the same.
+    saved and reopened, and a few generated tokens. Nothing of it stays in the run: no gradient, no
+    file, and the random numbers that training draws are the same.
 
     Args:
         trainer: ready to take its first step; every process calls this.
         memory: sees the longest micro-batch.
-        known: folder that tells which longest micro-batches went through before; those of one
-            process are not tried again while nothing has changed. None: each is tried.
+        known: folder that tells which longest micro-batches went through before, with ``memory``.
+            A fresh run of one process does not try one again while nothing has changed. None: each
+            is tried.
 
     Raises:
         RunFailed: what cannot be done, and what to do about it.
@@ -86,18 +88,34 @@ def _longest(
     """Try it, or find that it has been tried; which of these, in words."""
     rows = trainer.longest_micro_batch()
     many = rows_in_words([rows[0].index]) if len(rows) == 1 else f"{len(rows)} rows"
-    if memory is None or known is None or run.arguments.world_size > 1:
-        watched = memory.saving(rows, trainer.model) if memory else None
-        return f"longest micro-batch ({many}, {trainer.rehearse_step(rows, watched):,} tokens)"
-    facts = run.data.tokens_sha256, run.base_sha256
-    trial = Trial(known, run.arguments.device.type, circumstances(run.settings, *facts))
-    if before := trial.before():
+    if memory is None:
+        return f"longest micro-batch ({many}, {trainer.rehearse_step(rows, None):,} tokens)"
+    trial = _trial(trainer, run, known) if known else None
+    if trial and (before := trial.before()):
         memory.recall(rows, before.saved)
         went = f"it went through on {before.date}, and nothing has changed"
         return f"longest micro-batch ({many}, {before.tokens:,} tokens; {went})"
     tokens = trainer.rehearse_step(rows, memory.saving(rows, trainer.model))
-    trial.note(tokens, memory.saved)
+    if trial:
+        trial.note(tokens, memory.saved)
     return f"longest micro-batch ({many}, {tokens:,} tokens)"
+
+
+def _trial(trainer: TokenWeightedTrainer, run: Run, known: Path) -> Trial | None:
+    """None where each start tries: with several processes, which would have to agree, and for a run
+    that goes on. The longest may lie behind it, and the peak that it is held to would not be met.
+    """
+    device = run.arguments.device.type
+    if run.arguments.world_size > 1 or trainer.state.global_step or device not in DEVICES:
+        return None
+    facts = {
+        "rows": run.data.tokens_sha256,
+        "base": run.base_sha256,
+        "config": run.model.config.to_dict(),
+        "engine": asked_engine().name,
+        "device": device,
+    }
+    return Trial(known, device, circumstances(run.settings, facts))
 
 
 @contextmanager

@@ -9,6 +9,8 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from recipe.memory.cgroups import left_by_cgroups
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -54,9 +56,12 @@ def held(device: str) -> int:
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes that nobody holds of the memory of ``device``; None where that is not known."""
+    """Bytes of the memory of ``device`` that this process can still get; None where that is not
+    known. A container or a batch job may be given less than the machine has.
+    """
     if device == "cpu":
-        return int(psutil.virtual_memory().available)
+        free, left = int(psutil.virtual_memory().available), left_by_cgroups()
+        return free if left is None else min(free, left)
     if device == "cuda" and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     return None

@@ -10,10 +10,12 @@ import json
 import os
 import platform
 import resource
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -25,16 +27,17 @@ from recipe.memory.probe import free_memory, held, peak_memory
 from recipe.settings import Settings, dump
 from recipe.training.run_folder import PACKAGES
 
-# Of the settings, what changes nothing of a step.
-_ANYHOW = ("name", "hub", "judging")
-_ANYHOW_OF_TRAINING = ("output_dir", "resume_from_checkpoint")
-_ENVIRONMENT = ("CUDA_", "LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "PYTORCH_", "TORCH")
-_LIMIT_OF_CONTAINER = Path("/sys/fs/cgroup/memory.max")
+DEVICES = ("cpu", "cuda")  # whose free memory can be asked
+_OF_NO_STEP = ("name", "hub", "judging")
+_ENVIRONMENT = (
+    *("ACCELERATE_", "BNB_", "CUDA_", "CUBLAS_", "DNNL_", "FSDP_", "GLIBC_", "KMP_", "LD_PRELOAD"),
+    *("LRU_CACHE_", "MALLOC_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_", "PYTORCH_", "TORCH_"),
+)
 
 
 class WentThrough(BaseModel):
     """When a micro-batch did, how many tokens it had, and in bytes what autograd kept of its
-    forward pass and what it took at most beyond what the process held before.
+    forward pass and the process's peak when it was through: resident, or reserved on CUDA.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -42,24 +45,27 @@ class WentThrough(BaseModel):
     date: str
     tokens: int = Field(ge=1)
     saved: int = Field(ge=0)
-    taken: int = Field(ge=0)
+    peak: int = Field(ge=0)
 
 
-def circumstances(settings: Settings, *facts: str) -> str:
+def circumstances(settings: Settings, facts: Mapping[str, Any]) -> str:
     """A hash of settings, versions, this code and the machine.
 
     Args:
-        facts: of what the settings only name, such as the hashes of rows and base.
+        facts: what settings do not say or only name, such as the hashes of rows and base.
     """
     digest = hashlib.sha256()
     for file in sorted(Path(recipe.__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    digest.update(json.dumps([_asked(settings), facts, _machine()], sort_keys=True).encode())
+        if file.is_file():  # an editor's lock is a link to nothing
+            digest.update(file.read_bytes())
+    asked = {k: v for k, v in yaml.safe_load(dump(settings)).items() if k not in _OF_NO_STEP}
+    whole = [asked, dict(facts), _machine()]
+    digest.update(json.dumps(whole, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
 
 
 class Trial:
-    """Of a longest micro-batch on ``device``; made before it is computed.
+    """Of a longest micro-batch on ``device``, one of ``DEVICES``; made before it is computed.
 
     Args:
         folder: where those are written down that went through.
@@ -69,44 +75,40 @@ class Trial:
     def __init__(self, folder: Path, device: str, name: str) -> None:
         self._file = folder / f"{name}.json"
         self._device = device
-        self._held = held(device)
 
     def before(self) -> WentThrough | None:
-        """The one that went through before; None also if less memory is free than it took."""
+        """The one that went through before. None also if what is free and what this process holds
+        are less than its peak was.
+        """
         try:
             found = WentThrough.model_validate_json(self._file.read_bytes())
         except (OSError, ValidationError):
             return None
         free = free_memory(self._device)
-        return found if free is not None and found.taken <= free else None
+        fits = free is not None and found.peak <= free + held(self._device)
+        return found if fits else None
 
     def note(self, tokens: int, saved: int) -> None:
         """It went through just now. Where that cannot be written, the next start tries again."""
-        peak = peak_memory(self._device)
-        taken = peak.get("reserved", peak.get("resident", 0)) - self._held
-        found = WentThrough(
-            date=f"{datetime.now(UTC):%Y-%m-%d}", tokens=tokens, saved=saved, taken=max(taken, 0)
-        )
+        told = peak_memory(self._device)
+        peak = told.get("reserved", told.get("resident", 0))
+        date = f"{datetime.now(UTC):%Y-%m-%d}"
+        found = WentThrough(date=date, tokens=tokens, saved=saved, peak=peak)
         staged = self._file.with_name(f".{self._file.name}.{os.getpid()}.partial")
-        with suppress(OSError):
+        try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             staged.write_text(found.model_dump_json())
             staged.replace(self._file)
-
-
-def _asked(settings: Settings) -> dict[str, object]:
-    asked = {k: v for k, v in yaml.safe_load(dump(settings)).items() if k not in _ANYHOW}
-    training = asked["training"].items()
-    return {**asked, "training": {k: v for k, v in training if k not in _ANYHOW_OF_TRAINING}}
+        except OSError:
+            with suppress(OSError):
+                staged.unlink()
 
 
 def _machine() -> list[object]:
-    limit = _LIMIT_OF_CONTAINER
     return [
         platform.node(),
         psutil.virtual_memory().total,
         [resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)],
-        limit.read_text() if limit.is_file() else None,
         [torch.get_num_threads(), torch.cuda.is_available() and torch.cuda.get_device_name()],
         {key: value for key, value in os.environ.items() if key.startswith(_ENVIRONMENT)},
         [platform.python_version(), *map(version, PACKAGES)],

@@ -173,9 +173,9 @@ def run(config: str, overrides: Sequence[str]) -> None:
 
     watch, trainers = MemoryWatch(), []
 
-    def rehearsed(trainer: Any, data: Any, say: Any) -> None:
+    def rehearsed(trainer: Any, run: Any, say: Any) -> None:
         trainers.append(trainer)
-        rehearse(trainer, data, say, memory=watch)
+        rehearse(trainer, run, say, memory=watch)
 
     folder = finetune(load_settings(config, overrides), rehearse=rehearsed, memory=watch)
     memory = json.loads((folder / "manifest.json").read_text())["memory"]

@@ -121,6 +121,7 @@ def test_show_data_prints_rows_and_table_and_writes_nothing(write_config, tmp_pa
 
 def test_what_was_rehearsed_is_known_to_the_next_start(write_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("recipe.memory.tried.free_memory", lambda device: 2**50)
     config, said = str(write_config(training={"num_train_epochs": 1})), []
     for name in ("first", "second"):
         assert in_process("--config", config, f"training.output_dir={tmp_path / name}") == 0

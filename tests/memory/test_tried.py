@@ -4,10 +4,13 @@ import json
 import re
 import shutil
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from recipe import rehearsal
 from recipe.finetune import finetune
@@ -58,6 +61,12 @@ def start(write_config, tmp_path, capsys):
     return run
 
 
+@pytest.fixture(autouse=True)
+def memory_enough(monkeypatch):
+    """The peak is that of a process which has run other tests before."""
+    monkeypatch.setattr(tried, "free_memory", lambda device: 2**50)
+
+
 def written(tmp_path):
     return sorted((tmp_path / "known").glob("*"))
 
@@ -83,14 +92,22 @@ def json_date(tmp_path) -> str:
     return json.loads(file.read_text())["date"]
 
 
-def test_a_run_that_goes_on_has_tried_it(start, tmp_path):
-    def name(*overrides):
-        return tried.circumstances(load_settings(str(start.config), overrides), "rows", "base")
-
-    resumed = f"training.resume_from_checkpoint={tmp_path / 'run'}"
-    assert name(resumed) == name() != name("lora.r=8")
-    other = tried.circumstances(load_settings(str(start.config)), "rows", "other base")
-    assert other != name()
+def test_a_run_that_goes_on_is_tried(start, steps, capsys, monkeypatch, tmp_path):
+    """Its longest micro-batch may lie behind it."""
+    saving = "training.save_strategy=steps", "training.save_steps=2"
+    start(*saving)
+    _, run = start(*saving)
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoint-5")
+    watch = MemoryWatch()
+    resumed = f"training.resume_from_checkpoint={run}"
+    finetune(
+        load_settings(str(run / "settings.yaml"), [resumed]),
+        rehearse=partial(rehearsal.rehearse, memory=watch, known=tmp_path / "known"),
+        memory=watch,
+    )
+    assert f"resumed   from {run}/checkpoint-4" in capsys.readouterr().out
+    assert len(steps) == 2
 
 
 @pytest.mark.parametrize(
@@ -136,38 +153,76 @@ def test_another_base_under_the_same_name_is_tried(start, steps, tiny_checkpoint
     assert len(steps) == 2
 
 
-@pytest.mark.parametrize("what", ["version", "code", "environment", "threads", "node", "limit"])
+def test_another_config_with_the_same_weights_is_tried(start, steps, tiny_checkpoint, tmp_path):
+    base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    start(f"model.name_or_path={base}")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    start(f"model.name_or_path={base}")
+    assert len(steps) == 2
+
+
+def another_code(patch, tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/step.py").write_text("changed")
+    (tmp_path / "code/.#step.py").symlink_to("nothing")  # as an editor leaves it
+    patch.setattr(tried.recipe, "__file__", str(tmp_path / "code/__init__.py"))
+
+
+ANOTHER = {
+    "version": lambda patch, _: patch.setattr(tried, "version", lambda name: f"{name} 0.0"),
+    "code": another_code,
+    "malloc": lambda patch, _: patch.setenv("MALLOC_ARENA_MAX", "1"),
+    "launcher": lambda patch, _: patch.setenv("ACCELERATE_USE_CPU", "true"),
+    "threads": lambda patch, _: patch.setattr(torch, "get_num_threads", lambda: 61),
+    "node": lambda patch, _: patch.setattr(tried.platform, "node", lambda: "another"),
+    "memory": lambda patch, _: patch.setattr(
+        tried.psutil, "virtual_memory", lambda: SimpleNamespace(total=1)
+    ),
+    "engine": lambda patch, _: patch.setattr(
+        rehearsal, "asked_engine", lambda: SimpleNamespace(name="zero2")
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ANOTHER)
 def test_another_machine_or_version_is_tried(start, steps, monkeypatch, tmp_path, what):
     start()
-    if what == "version":
-        monkeypatch.setattr(tried, "version", lambda name: f"{name} of another day")
-    elif what == "code":
-        (tmp_path / "code").mkdir()
-        (tmp_path / "code/step.py").write_text("changed")
-        monkeypatch.setattr(tried.recipe, "__file__", str(tmp_path / "code/__init__.py"))
-    elif what == "environment":
-        monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    elif what == "threads":
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 61)
-    elif what == "node":
-        monkeypatch.setattr(tried.platform, "node", lambda: "another")
-    else:
-        (tmp_path / "memory.max").write_text("1000000\n")
-        monkeypatch.setattr(tried, "_LIMIT_OF_CONTAINER", tmp_path / "memory.max")
-    start()
+    with monkeypatch.context() as patch:
+        ANOTHER[what](patch, tmp_path)
+        start()
     assert len(steps) == 2
+
+
+def test_each_start_of_a_launcher_is_the_same(start, steps, monkeypatch):
+    for number in "12":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", number)
+        start()
+    assert steps == [2]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_processes_try_each_time(processes, tmp_path):
+    run = SimpleNamespace(
+        arguments=SimpleNamespace(device=torch.device("cpu"), world_size=processes),
+        data=SimpleNamespace(tokens_sha256="rows"),
+        base_sha256="base",
+        model=SimpleNamespace(config=LlamaConfig()),
+        settings=load_settings("starter.yaml"),
+    )
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=0))
+    assert (rehearsal._trial(trainer, run, tmp_path) is None) == (processes > 1)
 
 
 def test_it_is_tried_where_less_memory_is_free_than_it_took(start, steps, monkeypatch, tmp_path):
     start()
     (file,) = written(tmp_path)
-    taken = json.loads(file.read_text())["taken"]
-    for free, tries in ((taken, 1), (taken - 1, 2), (None, 3)):
+    peak = json.loads(file.read_text())["peak"]
+    monkeypatch.setattr(tried, "held", lambda device: 1000)
+    for free, tries in ((peak - 1000, 1), (peak - 1001, 2), (None, 3)):
         monkeypatch.setattr(tried, "free_memory", lambda device, free=free: free)
         start()
         assert len(steps) == tries
-    assert probe.free_memory("cpu") > 2**26
-    assert probe.free_memory("mps") is None
 
 
 def test_what_failed_is_tried_again(start, steps, monkeypatch, tmp_path):
@@ -205,11 +260,21 @@ def test_a_folder_that_cannot_be_written_costs_no_run(start, steps, tmp_path):
 
 
 def test_the_note_holds_what_was_seen(tmp_path):
-    """Taken is how far the peak rises, which is nothing below a peak of before."""
-    trial = tried.Trial(tmp_path, "cpu", "name")
-    peak = probe.peak_memory("cpu")["resident"] + 2**26
-    block = torch.ones((peak - probe.resident()) // 4)
+    trial = tried.Trial(tmp_path / "new", "cpu", "name")
+    assert trial.before() is None
+    block = torch.ones((probe.peak_memory("cpu")["resident"] - probe.resident() + 2**26) // 4)
+    before = probe.resident()
     trial.note(5, 7)
     found = trial.before()
     assert (found.tokens, found.saved) == (5, 7)
-    assert found.taken >= block.nbytes - 2**22
+    assert found.peak >= max(before - 2**20, block.nbytes)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["name.json"]
+
+
+def test_a_note_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    tried.Trial(tmp_path, "cpu", "name").note(5, 7)
+    assert not list(tmp_path.iterdir())
