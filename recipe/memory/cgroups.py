@@ -4,7 +4,7 @@ https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files and, o
 https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +26,17 @@ _VERSION_2 = _Names("memory.max", "memory.current", "inactive_file")
 
 def left_by_cgroups(membership: Path = _MEMBERSHIP, mount: Path = _MOUNT) -> int | None:
     """Bytes that this process's groups, and those that these lie in, leave it: the least of them.
-    None where there is no limit.
+    None where there is no limit, or none that can be read.
     """
-    left = [_left(folder, names) for folder, names in _groups(membership, mount)]
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:  # another system, or a sandbox
+        return None
+    left = [_left(folder, names) for folder, names in _groups(lines, mount)]
     return min((count for count in left if count is not None), default=None)
 
 
-def _groups(membership: Path, mount: Path) -> Iterator[tuple[Path, _Names]]:
-    lines = membership.read_text().splitlines() if membership.is_file() else []
+def _groups(lines: Iterable[str], mount: Path) -> Iterator[tuple[Path, _Names]]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):

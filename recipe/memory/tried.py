@@ -65,7 +65,7 @@ def circumstances(settings: Settings, facts: Mapping[str, Any]) -> str:
 
 
 class Trial:
-    """Of a longest micro-batch on ``device``, one of ``DEVICES``; made before it is computed.
+    """Of a longest micro-batch on ``device``, one of ``DEVICES``.
 
     Args:
         folder: where those are written down that went through.

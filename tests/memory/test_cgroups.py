@@ -61,6 +61,7 @@ def test_without_groups_nothing_is_limited(left, tmp_path):
     assert left("") is None
     assert left("0::/user.slice\n") is None
     assert left_by_cgroups(tmp_path / "absent", tmp_path) is None
+    assert left_by_cgroups(tmp_path, tmp_path) is None  # which cannot be read
 
 
 def test_what_is_free_is_the_less_of_both(monkeypatch):
