@@ -4,7 +4,8 @@ their gradient ever exist.
 While the model runs, a frozen head hands on what it is given, so that ``outputs.logits`` are the
 hidden states at the kept positions. The loss then projects a chunk of them, and takes that chunk's
 gradient at once: with frozen weights all that a backward pass needs of the head is the gradient of
-the hidden states, as in Liger (arXiv 2410.10989, section 3.2).
+the hidden states, as in Liger (arXiv 2410.10989, section 3.2). On a CPU a chunk is of a piece of
+the vocabulary as well, small enough for its cache, and of so many more positions.
 """
 
 import math
@@ -21,10 +22,14 @@ from torch.autograd.function import once_differentiable
 from recipe.data.batch import IGNORED, KEPT_MULTIPLE
 from recipe.model.lora_linear import hooked
 from recipe.model.shards import whole
-from recipe.training.loss import logit_gradient, nll_in_place, token_nll
+from recipe.training.loss import LabelSoftmax, token_nll
 
 # Logits of one chunk. Fewer would starve the matrix product, more take memory for nothing.
-_LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**25}
+_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**25}
+# Of these there are so many tokens of the vocabulary; all of it where nothing is said.
+_VOCABULARY_AT_ONCE = {"cpu": 2**12}
+# Such a sum of float32 numerators counts for nothing, and a quotient by it is finite.
+_TINY = 1e-30
 
 
 class OutputHead:
@@ -98,14 +103,16 @@ class OutputHead:
             if self._scale is None:  # once: it waits for the device
                 self._scale = _scale(weight)
             nll: torch.Tensor = _ChunkedNLL.apply(  # type: ignore[no-untyped-call]
-                output, weight, bias, labels, self._scale, self._chunk_rows(len(weight), output)
+                output, weight, bias, labels, self._scale, self._chunk(len(weight), output)
             )
         return nll
 
-    def _chunk_rows(self, vocabulary: int, output: torch.Tensor) -> int:
+    def _chunk(self, vocabulary: int, output: torch.Tensor) -> tuple[int, int]:
+        """Positions of a chunk, and tokens of the vocabulary."""
         device = self._device or output.device.type
         at_once = _LOGITS_AT_ONCE.get(device, _LOGITS_AT_ONCE["cuda"])
-        return max(at_once // vocabulary // KEPT_MULTIPLE, 1) * KEPT_MULTIPLE
+        tokens = min(_VOCABULARY_AT_ONCE.get(device, vocabulary), vocabulary)
+        return max(at_once // tokens // KEPT_MULTIPLE, 1) * KEPT_MULTIPLE, tokens
 
 
 def _as_it_is(hidden: torch.Tensor) -> torch.Tensor:
@@ -118,7 +125,10 @@ def _applies_alone(head: nn.Module) -> bool:
 
 
 class _ChunkedNLL(torch.autograd.Function):
-    """(K, hidden) → (K,); the forward pass leaves only the gradient of the hidden states behind."""
+    """(K, hidden) → (K,); the forward pass leaves only the gradient of the hidden states behind.
+
+    ``chunk`` is positions and tokens of the vocabulary.
+    """
 
     @staticmethod
     def forward(
@@ -128,23 +138,20 @@ class _ChunkedNLL(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         scale: float,
-        rows: int,
+        chunk: tuple[int, int],
     ) -> torch.Tensor:
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         needed = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden, dtype=torch.float32) if needed else None
-        rows = _even(len(labels), rows)
-        space = torch.empty(rows, len(weight), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(labels), rows):
-            chunk = slice(start, start + rows)
-            logits = _project(hidden[chunk], weight, bias, space)
-            nll[chunk], likely, total = nll_in_place(logits, labels[chunk])
-            if gradient is not None:
-                slope = logit_gradient(likely, total, labels[chunk], scale).to(weight.dtype)
-                gradient[chunk] = slope @ weight
-                gradient[chunk].masked_fill_((labels[chunk] == IGNORED)[:, None], 0)
+        gradient = torch.zeros_like(hidden, dtype=torch.float32) if needed else None
+        positions = _even(len(labels), chunk[0])
+        space = nll.new_empty(positions * chunk[1])
+        head = _Head(weight, bias, scale, chunk[1], space)
+        for start in range(0, len(labels), positions):
+            some = slice(start, start + positions)
+            slope = None if gradient is None else gradient[some]
+            nll[some] = head.nll(hidden[some].to(weight.dtype), labels[some], slope)
         if gradient is not None:
-            ctx.save_for_backward(gradient.div_(scale))
+            ctx.save_for_backward(gradient)
             ctx.dtype = hidden.dtype
         return nll
 
@@ -162,24 +169,70 @@ def _even(positions: int, most: int) -> int:
     return -(-positions // (chunks * KEPT_MULTIPLE)) * KEPT_MULTIPLE
 
 
-def _project(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, space: torch.Tensor
-) -> torch.Tensor:
-    """Logits, float32 (rows, vocabulary), in the memory of ``space``, which has as many rows or
-    more.
+class _Head:
+    """A frozen head, applied to ``tokens`` of the vocabulary at a time in the memory of ``space``,
+    float32 (positions · tokens).
     """
-    logits = space[: len(hidden)]
-    if weight.dtype != torch.float32:
-        return logits.copy_(F.linear(hidden.to(weight.dtype), weight, bias))
-    torch.mm(hidden.to(weight.dtype), weight.T, out=logits)
-    return logits if bias is None else logits.add_(bias)
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+        tokens: int,
+        space: torch.Tensor,
+    ) -> None:
+        self._weight, self._bias, self._scale = weight, bias, scale
+        self._tokens, self._space = tokens, space
+
+    def nll(
+        self, hidden: torch.Tensor, labels: torch.Tensor, slope: torch.Tensor | None
+    ) -> torch.Tensor:
+        """NLL of some positions, float32 (positions,).
+
+        Args:
+            hidden: (positions, hidden), of the weights' dtype.
+            slope: float32 zeros (positions, hidden) that take the gradient; None if none is needed.
+        """
+        softmax = LabelSoftmax(labels, torch.float32)
+        for first in range(0, len(self._weight), self._tokens):
+            piece = slice(first, first + self._tokens)
+            others, earlier = softmax.add(self._logits(hidden, piece), first)
+            if slope is not None:
+                self._add(slope.mul_(earlier), others, self._weight[piece])
+        if slope is not None:
+            own = self._weight[labels.clamp(min=0)]
+            slope.div_(softmax.total).addcmul_(softmax.missing, own.float(), value=-1)
+            slope.masked_fill_((labels == IGNORED)[:, None], 0)
+        return softmax.nll()
+
+    def _logits(self, hidden: torch.Tensor, piece: slice) -> torch.Tensor:
+        weight, bias = self._weight[piece], None if self._bias is None else self._bias[piece]
+        space = self._space[: len(hidden) * len(weight)]
+        if weight.dtype != torch.float32:
+            logits = space.view(len(hidden), len(weight))
+            return logits.copy_(F.linear(hidden, weight, bias))
+        logits = space.view(len(hidden), len(weight))
+        if logits.device.type == "cpu":  # the product is quicker if the vocabulary comes first
+            logits = space.view(len(weight), len(hidden)).T
+        torch.mm(hidden, weight.T, out=logits)
+        return logits if bias is None else logits.add_(bias)
+
+    def _add(self, slope: torch.Tensor, others: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add the product of numerators and weights to ``slope``."""
+        if weight.dtype == torch.float32:
+            slope.addmm_(others, weight)
+            return
+        # Quotients, as in float16 a sum of numerators could overflow.
+        total = others.sum(-1, keepdim=True).clamp_min_(_TINY)
+        product = others.mul_(self._scale / total).to(weight.dtype) @ weight
+        slope.addcmul_(product.float(), total / self._scale)
 
 
 def _scale(weight: torch.Tensor) -> float:
     """What keeps the gradient of unlikely tokens from vanishing in float16, and overflows nothing.
 
-    The gradient of one position's logits sums to 2 in absolute value at most, so that of its hidden
-    state is at most twice the largest weight.
+    Quotients sum to 1, so their product with the weights is at most the largest of these.
     """
     if weight.dtype != torch.float16:
         return 1.0

@@ -33,12 +33,14 @@ class _TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        nll, likely, total = nll_in_place(logits.to(torch.float32, copy=True), labels)
+        softmax = LabelSoftmax(labels, torch.float32)
+        others, _ = softmax.add(logits.to(torch.float32, copy=True))
         if ctx.needs_input_grad[0]:
-            slope = logit_gradient(likely, total, labels)
+            slope = others.div_(softmax.total)
+            slope.scatter_(1, labels.clamp(min=0)[:, None], -softmax.missing)
             ctx.save_for_backward(slope.masked_fill_((labels == IGNORED)[:, None], 0))
             ctx.dtype = logits.dtype
-        return nll
+        return softmax.nll()
 
     @staticmethod
     @once_differentiable
@@ -48,43 +50,63 @@ class _TokenNLL(torch.autograd.Function):
         return (slope * outer[:, None]).to(ctx.dtype), None
 
 
-def nll_in_place(
-    logits: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """NLL, and what ``logit_gradient`` needs.
+class LabelSoftmax:
+    """The softmax at K positions, of logits that come in pieces of the vocabulary.
+
+    Numerators are relative to the largest logit so far (Milakov and Gimelshein 2018, arXiv
+    1805.02867), and the label's is kept out of them: what a likely token lacks to 1 is then a sum of
+    small numbers, not a difference of large ones. torch takes exp(log_softmax) for the softmax, and
+    the log-sum's rounding, 1e-5 of it, is in all entries of a row alike: they do not sum to 1, and
+    every hidden state is pushed along the mean of the head's weights. Quotients sum to 1. What that
+    means for LoRA's gradients: ``make bench-exactness``.
 
     Args:
-        logits: float32 (K, vocabulary), overwritten.
         labels: int64 (K,).
-
-    Returns:
-        float32: the NLL (K,), zero where ignored; the numerators of the softmax (K, vocabulary), in
-        the memory of ``logits``; its denominators (K, 1).
+        dtype: of the logits, which all else has too.
     """
-    top = logits.amax(-1, keepdim=True)
-    own = logits.gather(1, labels.clamp(min=0)[:, None])
-    likely = logits.sub_(top).exp_()
-    total = likely.sum(-1, keepdim=True)
-    nll = (total.log() + (top - own)).squeeze(1)
-    return nll.masked_fill_(labels == IGNORED, 0), likely, total
 
+    def __init__(self, labels: torch.Tensor, dtype: torch.dtype) -> None:
+        self._labels = labels
+        self._top = torch.full((len(labels), 1), -math.inf, dtype=dtype, device=labels.device)
+        self._own = self._top.clone()
+        self._others = torch.zeros_like(self._top)
 
-def logit_gradient(
-    likely: torch.Tensor, total: torch.Tensor, labels: torch.Tensor, scale: float = 1.0
-) -> torch.Tensor:
-    """Gradient of the summed NLL, (softmax - one-hot) · scale, in the memory of ``likely``.
+    def add(self, logits: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the logits of the vocabulary from ``first`` on.
 
-    torch takes exp(log_softmax) for the softmax, and the log-sum's rounding, 1e-5 of it, is in all
-    entries of a row alike: they do not sum to 1, and every hidden state is pushed along the mean of
-    the head's weights. A quotient sums to 1. What that means for LoRA's gradients: ``make
-    bench-exactness``.
+        Args:
+            logits: (K, tokens of the piece), overwritten.
 
-    Returns:
-        float32 (K, vocabulary); of ignored rows it means nothing.
-    """
-    places = labels.clamp(min=0)[:, None]
-    slope = likely.mul_(scale / total)
-    return slope.scatter_add_(1, places, slope.new_full(places.shape, -scale))
+        Returns:
+            The numerators of all but the label, in the memory of ``logits``, and the factor that
+            takes those of earlier pieces to the same largest logit (K, 1).
+        """
+        places = (self._labels - first)[:, None]
+        here = (places >= 0) & (places < logits.shape[1])
+        places = places.clamp(0, logits.shape[1] - 1)
+        top = torch.maximum(self._top, logits.amax(-1, keepdim=True))
+        own = logits.gather(1, places)
+        self._own = torch.where(here, own, self._own)
+        others = logits.scatter_(1, places, own.masked_fill(here, -math.inf)).sub_(top).exp_()
+        earlier = (self._top - top).exp()
+        self._others = self._others * earlier + others.sum(-1, keepdim=True)
+        self._top = top
+        return others, earlier
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The denominators (K, 1)."""
+        return self._others + (self._own - self._top).exp()
+
+    @property
+    def missing(self) -> torch.Tensor:
+        """What the label's probability lacks to 1, (K, 1)."""
+        return self._others / self.total
+
+    def nll(self) -> torch.Tensor:
+        """(K,), zero where ignored."""
+        nll = (self.total.log() + (self._top - self._own)).squeeze(1)
+        return nll.masked_fill_(self._labels == IGNORED, 0)
 
 
 def count_trained(labels: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ def weak_openings(own, x, lengths, openings):
 
 def last_chunk_without_gradient(own, self, output, labels):
     if self.chunked:
-        rows = self._chunk_rows(len(self._frozen.weight), output)
+        rows, _ = self._chunk(len(self._frozen.weight), output)
         last = (len(labels) - 1) // rows * rows
         if last:
             output = torch.cat([output[:last], output[last:].detach()])

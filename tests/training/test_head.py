@@ -8,13 +8,18 @@ from transformers import LlamaForCausalLM
 from recipe.data.batch import IGNORED
 from recipe.training import head as head_module
 from recipe.training.head import OutputHead
+from recipe.training.loss import token_nll
 
 LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+
+
+PIECE = 50  # tokens of the vocabulary, which it is no multiple of
 
 
 @pytest.fixture
 def chunks_of_8(monkeypatch):
     monkeypatch.setitem(head_module._LOGITS_AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(head_module._VOCABULARY_AT_ONCE, "cpu", PIECE)
 
 
 def peft_model(checkpoint, dtype=torch.float32, **lora):
@@ -47,26 +52,49 @@ def test_losses_and_gradients_are_those_of_the_whole(tiny_checkpoint, chunks_of_
     torch.testing.assert_close(ours.grad, stock.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("piece", [1, PIECE, 10**6], ids=["token", "piece", "all"])
+def test_nothing_depends_on_the_pieces_of_the_vocabulary(tiny_checkpoint, monkeypatch, piece):
+    """The largest logit is in the first piece, in the last one, and between them."""
+    monkeypatch.setitem(head_module._VOCABULARY_AT_ONCE, "cpu", piece)
+    model = peft_model(tiny_checkpoint)
+    linear, vocabulary = model.get_base_model().lm_head, model.config.vocab_size
+    hidden, _ = states(model, positions=24)
+    places = torch.linspace(0, vocabulary - 1, 24).long()
+    rows = linear.weight.detach()[places]
+    hidden += 20 * rows / rows.square().sum(-1, keepdim=True)
+    for labels in (places, places.flip(0)):
+        ours, stock = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+        found = OutputHead(model).nll(ours, labels)
+        found.sum().backward()
+        logits = stock @ linear.weight.double().T
+        expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        expected.sum().backward()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(ours.grad.double(), stock.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_no_tensor_is_larger_than_one_chunk_of_logits(tiny_checkpoint, chunks_of_8):
     model = peft_model(tiny_checkpoint)
     hidden, labels = states(model, positions=40)
     width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    last = vocabulary % PIECE
+    assert vocabulary > PIECE and last not in (0, 1, 8)
     sizes = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             sizes.extend(
-                t.numel()
+                tuple(t.shape)
                 for t in (out if isinstance(out, tuple) else [out])
                 if isinstance(t, torch.Tensor)
-                if t.shape[-1:] == (vocabulary,) and t.shape != (width, vocabulary)  # the weight
+                if t.shape[-1:] in ((vocabulary,), (PIECE,), (last,)) and t.shape[0] != width
             )
             return out
 
     with Sizes():
         OutputHead(model).nll(hidden.requires_grad_(), labels).sum().backward()
-    assert max(sizes) == 8 * vocabulary
+    assert set(sizes) == {(8, PIECE), (8, last)}
 
 
 def test_half_precision_gradient_is_no_worse_than_a_scalers(tiny_checkpoint, chunks_of_8):
@@ -149,9 +177,8 @@ def test_a_hooked_or_thawed_head_is_applied_by_the_model(tiny_checkpoint):
     assert not OutputHead(model).chunked
 
 
-def test_gradients_are_nearer_to_float64_than_torchs(monkeypatch):
+def test_gradients_are_nearer_to_float64_than_torchs():
     """Of a vocabulary and logits as large as real ones, in several chunks, the last one shorter."""
-    monkeypatch.setitem(head_module._LOGITS_AT_ONCE, "cpu", 24 * 32000)
     generator = torch.Generator().manual_seed(0)
     # Real heads have a mean that all hidden states lie along.
     weight = 0.3 * torch.randn(32000, 64, generator=generator) + 0.3
@@ -168,8 +195,34 @@ def test_gradients_are_nearer_to_float64_than_torchs(monkeypatch):
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def ours(states):
-        return head_module._ChunkedNLL.apply(states, weight, None, labels, 1.0, 24)
+        return head_module._ChunkedNLL.apply(states, weight, None, labels, 1.0, (24, 9000))
 
     exact = gradient(torchs, torch.float64)
     errors = [float((gradient(one) - exact).norm() / exact.norm()) for one in (ours, torchs)]
     assert errors[0] < errors[1] / 2, errors
+
+
+@pytest.mark.parametrize("piece", [9000, 32000])
+def test_a_token_that_is_almost_certain_has_its_small_gradient(piece):
+    """1 - p by subtraction is rounding: most of what is left to learn from a memorised row."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32000, 64, generator=generator)
+    labels = torch.randint(32000, (40,), generator=generator)
+    hidden = weight[labels] * 0.5  # probabilities of 1 - 1e-7 and nearer to 1
+
+    def gradient(nll, dtype=torch.float32):
+        states = hidden.to(dtype, copy=True).requires_grad_()
+        nll(states).sum().backward()
+        return states.grad.double()
+
+    def torchs(states):
+        logits = states @ weight.to(states.dtype).T
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    def in_chunks(states):
+        return head_module._ChunkedNLL.apply(states, weight, None, labels, 1.0, (24, piece))
+
+    exact = gradient(torchs, torch.float64)
+    ways = in_chunks, lambda states: token_nll(states @ weight.T, labels), torchs
+    errors = [float((gradient(one) - exact).norm() / exact.norm()) for one in ways]
+    assert max(errors[:2]) < 1e-4 < errors[2], errors
