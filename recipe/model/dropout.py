@@ -1,9 +1,10 @@
-"""LoRA's dropout on a CPU: the same distribution from a quarter of the random numbers.
+"""LoRA's dropout on a CPU: the same distribution from one random number a dropped element.
 
-torch draws one number for each element, and generating them shows in a training step. Here 64
-random bits decide on four elements.
+torch draws one for each element, and generating them shows in a training step. Here the gaps
+between dropped elements are drawn, which are geometric; with the usual 0.05 a twentieth of them.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,58 +12,77 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-_LEVELS = 2**16  # the probability is rounded to a multiple of 1 / 65536
+_FEWEST, _MOST = 2**-16, 0.5  # the gaps of rarer ones are coarse in float32; more take longer
 
 
-class SixteenBitDropout(nn.Dropout):
-    """``nn.Dropout`` by comparing 16 random bits an element; elsewhere than on a CPU, as ever.
+class GapDropout(nn.Dropout):
+    """``nn.Dropout`` by drawing gaps; elsewhere than on a CPU, and for more than half, as ever.
 
-    The factor on what is kept is that of the rounded probability, so the mean stays. The bits come
-    from torch's own generator: seeds, saved states and checkpointing hold.
+    The numbers come from torch's own generator: seeds, saved states and checkpointing hold.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Drop elements of ``x``, of any shape and float dtype."""
         if not self.draws(x):
             return super().forward(x)
-        y: torch.Tensor = _Masked.apply(x, *self.drawn(x))  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _Dropped.apply(x, self.drawn(x), 1 / (1 - self.p))  # type: ignore[no-untyped-call]
         return y
 
     def draws(self, x: torch.Tensor) -> bool:
         """Whether elements of ``x`` are dropped by ``drawn``."""
-        some = round(self.p * _LEVELS) not in (0, _LEVELS)
-        return x.device.type == "cpu" and self.training and some
+        return x.device.type == "cpu" and self.training and _FEWEST <= self.p <= _MOST
 
-    def drawn(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """1 for what is kept, uint8 of the shape of ``x``, and the factor on it."""
-        dropped = round(self.p * _LEVELS)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = _reaches(words.view(torch.int16)[: x.numel()], dropped - _LEVELS // 2)
-        return kept.view(x.shape), _LEVELS / (_LEVELS - dropped)
+    def drawn(self, x: torch.Tensor) -> torch.Tensor:
+        """Where elements are dropped, int64 (any,), rising, in the order of ``x.flatten()``.
+
+        There are more than it has place for, as their number must not depend on their values; those
+        too many are ``x.numel()``. That there are too few has a probability below 1e-20.
+        """
+        expected = x.numel() * self.p
+        enough = int(expected + 10 * math.sqrt(expected) + 60)
+        uniform = torch.rand(enough)
+        gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-self.p)).to(torch.int64)
+        return gaps.add_(1).cumsum(0).sub_(1).clamp_(max=x.numel())
 
 
-def _reaches(numbers: torch.Tensor, least: int) -> torch.Tensor:
-    """1 where an int16 is ``least`` or more, else 0, uint8; ``numbers`` are written over.
+class Droppable:
+    """Memory of ``like``'s shape and dtype in which elements can be dropped.
 
-    On a CPU torch is slow to compare, and to turn bool into float; this goes past both.
+    Attributes:
+        values: to be written.
     """
-    return numbers.clamp_(least - 1, least).sub_(least - 1).to(torch.uint8)
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._all = like.new_empty(like.numel() + 1)  # the last one takes the places too many
+        self.values = self._all[:-1].view(like.shape)
+
+    def without(self, places: torch.Tensor) -> torch.Tensor:
+        """``values``, zero where ``GapDropout.drawn`` said."""
+        self._all.index_fill_(0, places, 0)
+        return self.values
 
 
-class _Masked(torch.autograd.Function):
-    """Keeps one byte an element for the backward pass; a product would keep one of x's dtype."""
+def without(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """A copy of ``x``, zero where ``GapDropout.drawn`` said."""
+    copy = Droppable(x)
+    copy.values.copy_(x)
+    return copy.without(places)
+
+
+class _Dropped(torch.autograd.Function):
+    """Keeps the places for the backward pass; a product would keep a tensor like x."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor, factor: float) -> torch.Tensor:
-        ctx.save_for_backward(kept)
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.save_for_backward(places)
         ctx.factor = factor
-        return kept.to(x.dtype).mul_(factor).mul_(x)
+        return without(x, places).mul_(factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (kept,) = ctx.saved_tensors
-        return kept.to(outer.dtype).mul_(ctx.factor).mul_(outer), None, None
+        (places,) = ctx.saved_tensors
+        return without(outer, places).mul_(ctx.factor), None, None
 
 
 def quicken(model: nn.Module) -> None:
@@ -71,4 +91,4 @@ def quicken(model: nn.Module) -> None:
         if isinstance(module, LoraLayer):
             for name, dropout in module.lora_dropout.items():
                 if type(dropout) is nn.Dropout:
-                    module.lora_dropout[name] = SixteenBitDropout(dropout.p)
+                    module.lora_dropout[name] = GapDropout(dropout.p)

@@ -2,8 +2,8 @@
 
 Autograd keeps each adapter's dropped input and goes over the hidden states for the scaling, for the
 sum and, back, for both again. Here the scaling and dropout's factor go into the small products, the
-sums into the large ones, and a dropped input is made again from the input and dropout's mask of a
-byte an element. The gradients are equal to rounding.
+sums into the large ones, and a dropped input is made again from the input and the places where
+elements were dropped. The gradients are equal to rounding.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from recipe.model.dropout import SixteenBitDropout
+from recipe.model.dropout import Droppable, GapDropout, without
 
 
 def join_adapters(model: nn.Module) -> None:
@@ -44,13 +44,13 @@ class JoinedLinear(Linear):  # type: ignore[misc]
             return joined
         (adapter,) = self.active_adapters
         first, second = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        dropout, factor, kept = self.lora_dropout[adapter], self.scaling[adapter], None
+        dropout, factor, places = self.lora_dropout[adapter], self.scaling[adapter], None
         states = x.reshape(-1, x.shape[-1])
-        if isinstance(dropout, SixteenBitDropout):
-            kept, share = dropout.drawn(states)
-            factor = factor * share
+        if isinstance(dropout, GapDropout):
+            places = dropout.drawn(states)
+            factor = factor / (1 - dropout.p)
         base = self.base_layer
-        joined = _Products.apply(states, base.weight, base.bias, first, second, kept, factor)  # type: ignore[no-untyped-call]
+        joined = _Products.apply(states, base.weight, base.bias, first, second, places, factor)  # type: ignore[no-untyped-call]
         return joined.view(*x.shape[:-1], len(base.weight))
 
     def _plain(self, x: torch.Tensor) -> bool:
@@ -74,13 +74,13 @@ class JoinedLinear(Linear):  # type: ignore[misc]
 
 
 def _draws(dropout: nn.Module, x: torch.Tensor) -> bool:
-    return type(dropout) is SixteenBitDropout and dropout.draws(x)
+    return type(dropout) is GapDropout and dropout.draws(x)
 
 
 class _Products(torch.autograd.Function):
-    """x·Wᵀ + bias + factor · (kept ∘ x)·Aᵀ·Bᵀ.
+    """x·Wᵀ + bias + factor · x'·Aᵀ·Bᵀ, where x' is x without the elements at ``places``, or x.
 
-    x (T, in), W (out, in), A (r, in), B (out, r), all of one dtype; kept, uint8 (T, in), or None.
+    x (T, in), W (out, in), A (r, in), B (out, r), all of one dtype.
     """
 
     @staticmethod
@@ -91,11 +91,11 @@ class _Products(torch.autograd.Function):
         bias: torch.Tensor | None,
         first: torch.Tensor,
         second: torch.Tensor,
-        kept: torch.Tensor | None,
+        places: torch.Tensor | None,
         factor: float,
     ) -> torch.Tensor:
-        low = F.linear(x if kept is None else kept.to(x.dtype).mul_(x), first)
-        ctx.save_for_backward(x, weight, first, second, kept, low)
+        low = F.linear(x if places is None else without(x, places), first)
+        ctx.save_for_backward(x, weight, first, second, places, low)
         ctx.factor = factor
         out = F.linear(x, weight, bias)
         return torch.addmm(out, low, second.T, alpha=factor, out=out)
@@ -103,16 +103,17 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, first, second, kept, low = ctx.saved_tensors
-        mask = None if kept is None else kept.to(x.dtype)
+        x, weight, first, second, places, low = ctx.saved_tensors
         through = outer @ second
-        of_first = (through.T @ (x if mask is None else x * mask)).mul_(ctx.factor)
+        of_first = (through.T @ (x if places is None else without(x, places))).mul_(ctx.factor)
         of_second = (outer.T @ low).mul_(ctx.factor)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = outer @ weight
-            if mask is None:
+            if places is None:
                 torch.addmm(of_x, through, first, alpha=ctx.factor, out=of_x)
             else:
-                of_x.addcmul_(through @ first, mask, value=ctx.factor)
+                of_low = Droppable(x)
+                torch.mm(through, first, out=of_low.values)
+                of_x.add_(of_low.without(places), alpha=ctx.factor)
         return of_x, None, None, of_first, of_second, None, None

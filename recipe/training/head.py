@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -144,8 +143,7 @@ class _ChunkedNLL(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(hidden, dtype=torch.float32) if needed else None
         positions = _even(len(labels), chunk[0])
-        space = nll.new_empty(positions * chunk[1])
-        head = _Head(weight, bias, scale, chunk[1], space)
+        head = _Head(weight, bias, scale, (positions, chunk[1]))
         for start in range(0, len(labels), positions):
             some = slice(start, start + positions)
             slope = None if gradient is None else gradient[some]
@@ -170,8 +168,10 @@ def _even(positions: int, most: int) -> int:
 
 
 class _Head:
-    """A frozen head, applied to ``tokens`` of the vocabulary at a time in the memory of ``space``,
-    float32 (positions · tokens).
+    """A frozen head, applied to a chunk at a time, always in the same memory.
+
+    Args:
+        chunk: positions and tokens of the vocabulary, at most.
     """
 
     def __init__(
@@ -179,11 +179,13 @@ class _Head:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         scale: float,
-        tokens: int,
-        space: torch.Tensor,
+        chunk: tuple[int, int],
     ) -> None:
         self._weight, self._bias, self._scale = weight, bias, scale
-        self._tokens, self._space = tokens, space
+        self._tokens = chunk[1]
+        self._space = weight.new_empty(math.prod(chunk), dtype=torch.float32)
+        single = weight.dtype == torch.float32
+        self._product = self._space if single else torch.empty_like(self._space, dtype=weight.dtype)
 
     def nll(
         self, hidden: torch.Tensor, labels: torch.Tensor, slope: torch.Tensor | None
@@ -197,9 +199,9 @@ class _Head:
         softmax = LabelSoftmax(labels, torch.float32)
         for first in range(0, len(self._weight), self._tokens):
             piece = slice(first, first + self._tokens)
-            others, earlier = softmax.add(self._logits(hidden, piece), first)
+            others, total, earlier = softmax.add(self._logits(hidden, piece), first)
             if slope is not None:
-                self._add(slope.mul_(earlier), others, self._weight[piece])
+                self._add(slope.mul_(earlier), others, total, self._weight[piece])
         if slope is not None:
             own = self._weight[labels.clamp(min=0)]
             slope.div_(softmax.total).addcmul_(softmax.missing, own.float(), value=-1)
@@ -207,26 +209,36 @@ class _Head:
         return softmax.nll()
 
     def _logits(self, hidden: torch.Tensor, piece: slice) -> torch.Tensor:
-        weight, bias = self._weight[piece], None if self._bias is None else self._bias[piece]
-        space = self._space[: len(hidden) * len(weight)]
-        if weight.dtype != torch.float32:
-            logits = space.view(len(hidden), len(weight))
-            return logits.copy_(F.linear(hidden, weight, bias))
-        logits = space.view(len(hidden), len(weight))
-        if logits.device.type == "cpu":  # the product is quicker if the vocabulary comes first
-            logits = space.view(len(weight), len(hidden)).T
-        torch.mm(hidden, weight.T, out=logits)
-        return logits if bias is None else logits.add_(bias)
+        """Float32 (positions, tokens of the piece)."""
+        weight = self._weight[piece]
+        product = self._room(self._product, hidden, weight)
+        torch.mm(hidden, weight.T, out=product)
+        if self._bias is not None:
+            product.add_(self._bias[piece])
+        if self._product is self._space:
+            return product
+        return self._room(self._space, hidden, weight).copy_(product)
 
-    def _add(self, slope: torch.Tensor, others: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add the product of numerators and weights to ``slope``."""
-        if weight.dtype == torch.float32:
-            slope.addmm_(others, weight)
+    @staticmethod
+    def _room(space: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(positions, tokens); on a CPU transposed, which makes the product quicker."""
+        space = space[: len(hidden) * len(weight)]
+        if space.device.type == "cpu":
+            return space.view(len(weight), len(hidden)).T
+        return space.view(len(hidden), len(weight))
+
+    def _add(
+        self, slope: torch.Tensor, others: torch.Tensor, total: torch.Tensor, weight: torch.Tensor
+    ) -> None:
+        """Add the product of numerators, whose sum is ``total``, and weights to ``slope``."""
+        if self._product is self._space:
+            torch.addmm(slope, others, weight, out=slope)
             return
         # Quotients, as in float16 a sum of numerators could overflow.
-        total = others.sum(-1, keepdim=True).clamp_min_(_TINY)
-        product = others.mul_(self._scale / total).to(weight.dtype) @ weight
-        slope.addcmul_(product.float(), total / self._scale)
+        total = total.clamp_min(_TINY)
+        quotients = self._room(self._product, others, weight)
+        quotients.copy_(others.mul_(self._scale / total))
+        slope.addcmul_((quotients @ weight).float(), total / self._scale)
 
 
 def _scale(weight: torch.Tensor) -> float:

@@ -34,7 +34,7 @@ class _TokenNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         softmax = LabelSoftmax(labels, torch.float32)
-        others, _ = softmax.add(logits.to(torch.float32, copy=True))
+        others, _, _ = softmax.add(logits.to(torch.float32, copy=True))
         if ctx.needs_input_grad[0]:
             slope = others.div_(softmax.total)
             slope.scatter_(1, labels.clamp(min=0)[:, None], -softmax.missing)
@@ -54,11 +54,11 @@ class LabelSoftmax:
     """The softmax at K positions, of logits that come in pieces of the vocabulary.
 
     Numerators are relative to the largest logit so far (Milakov and Gimelshein 2018, arXiv
-    1805.02867), and the label's is kept out of them: what a likely token lacks to 1 is then a sum of
-    small numbers, not a difference of large ones. torch takes exp(log_softmax) for the softmax, and
-    the log-sum's rounding, 1e-5 of it, is in all entries of a row alike: they do not sum to 1, and
-    every hidden state is pushed along the mean of the head's weights. Quotients sum to 1. What that
-    means for LoRA's gradients: ``make bench-exactness``.
+    1805.02867), and the label's is kept out of them: what a likely token lacks to 1 is then a sum
+    of small numbers, not a difference of large ones. torch takes exp(log_softmax) for the softmax,
+    and the log-sum's rounding, 1e-5 of it, is in all entries of a row alike: they do not sum to 1,
+    and every hidden state is pushed along the mean of the head's weights. Quotients sum to 1. What
+    that means for LoRA's gradients: ``make bench-exactness``.
 
     Args:
         labels: int64 (K,).
@@ -71,15 +71,17 @@ class LabelSoftmax:
         self._own = self._top.clone()
         self._others = torch.zeros_like(self._top)
 
-    def add(self, logits: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(
+        self, logits: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Take the logits of the vocabulary from ``first`` on.
 
         Args:
             logits: (K, tokens of the piece), overwritten.
 
         Returns:
-            The numerators of all but the label, in the memory of ``logits``, and the factor that
-            takes those of earlier pieces to the same largest logit (K, 1).
+            The numerators of all but the label, in the memory of ``logits``; their sum (K, 1); the
+            factor that takes those of earlier pieces to the same largest logit (K, 1).
         """
         places = (self._labels - first)[:, None]
         here = (places >= 0) & (places < logits.shape[1])
@@ -88,10 +90,9 @@ class LabelSoftmax:
         own = logits.gather(1, places)
         self._own = torch.where(here, own, self._own)
         others = logits.scatter_(1, places, own.masked_fill(here, -math.inf)).sub_(top).exp_()
-        earlier = (self._top - top).exp()
-        self._others = self._others * earlier + others.sum(-1, keepdim=True)
-        self._top = top
-        return others, earlier
+        total, earlier = others.sum(-1, keepdim=True), (self._top - top).exp()
+        self._others, self._top = self._others * earlier + total, top
+        return others, total, earlier
 
     @property
     def total(self) -> torch.Tensor:

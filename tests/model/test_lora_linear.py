@@ -68,7 +68,7 @@ def inputs(*shape: int, dtype=torch.float64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(1, 37), (6,), (2, 3, 5)])
-@pytest.mark.parametrize("lora_dropout", [0.0, 0.05, 0.7])
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}], ids=["", "rslora"])
 def test_output_and_gradients_are_pefts(by_peft, shape, lora_dropout, bias, more):
@@ -219,7 +219,7 @@ def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def test_adapters_on_one_input_keep_it_once_and_a_byte_an_element_each():
+def test_adapters_on_one_input_keep_it_once_and_what_each_has_dropped():
     base = nn.ModuleList([nn.Linear(IN, OUT, bias=False) for _ in range(2)])
     model = get_peft_model(
         base, LoraConfig(target_modules=["0", "1"], r=RANK, lora_dropout=0.3)
@@ -228,9 +228,10 @@ def test_adapters_on_one_input_keep_it_once_and_a_byte_an_element_each():
     x = torch.randn(1, 32, IN, requires_grad=True)
     dropped_inputs = kept_bytes(model, x)
     join_adapters(model)
-    mask, low = 32 * IN, 32 * RANK * 4
-    assert kept_bytes(model, x) == x.nbytes + 2 * (mask + low)
-    assert dropped_inputs == 2 * (x.nbytes + mask + low)
+    places = 8 * len(model[0].lora_dropout["default"].drawn(x))
+    low = 32 * RANK * 4
+    assert kept_bytes(model, x) == x.nbytes + 2 * (places + low)
+    assert dropped_inputs == 2 * (x.nbytes + 4 + places + low)
 
 
 def test_it_is_how_a_run_adapts_its_layers(tiny_checkpoint, by_peft):
