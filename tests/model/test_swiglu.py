@@ -73,6 +73,17 @@ def test_gradient_by_finite_differences():
     assert torch.autograd.gradcheck(ours, x)
 
 
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_a_frozen_one_is_equal_to_rounding(mlp_bias):
+    stock = feed_forward(torch.float64, mlp_bias=mlp_bias).requires_grad_(False)
+    ours = exchanged(stock)
+    x = torch.randn(1, 3, HIDDEN, dtype=torch.float64, requires_grad=True)
+    assert "_Frozen" in type(ours(x).grad_fn.next_functions[0][0]).__name__
+    found, expected = (there_and_back(m, torch.float64) for m in (ours, stock))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_two_wide_tensors_are_kept_not_three():
     stock = feed_forward()
     wide = TOKENS * WIDE * 4
