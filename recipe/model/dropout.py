@@ -40,7 +40,7 @@ class GapDropout(nn.Dropout):
         """
         expected = x.numel() * self.p
         enough = int(expected + 10 * math.sqrt(expected) + 60)
-        uniform = torch.rand(enough)
+        uniform = torch.rand(enough, dtype=torch.float32)
         gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-self.p)).to(torch.int64)
         return gaps.add_(1).cumsum(0).sub_(1).clamp_(max=x.numel())
 

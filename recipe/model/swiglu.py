@@ -33,8 +33,8 @@ def keep_two_factors(model: nn.Module) -> None:
 class _SwiGLU(LlamaMLP):  # type: ignore[misc]
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., hidden) → the same."""
-        if x.requires_grad and self._plain(x):
-            layers = self.gate_proj, self.up_proj, self.down_proj
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if x.requires_grad and self._plain(x, layers):
             frozen = *(layer.weight for layer in layers), *(layer.bias for layer in layers)
             states = x.reshape(-1, x.shape[-1])
             whole: torch.Tensor = _Frozen.apply(states, *frozen)  # type: ignore[no-untyped-call]
@@ -46,8 +46,7 @@ class _SwiGLU(LlamaMLP):  # type: ignore[misc]
         down: torch.Tensor = self.down_proj(product(gate, up))
         return down
 
-    def _plain(self, x: torch.Tensor) -> bool:
-        layers = self.gate_proj, self.up_proj, self.down_proj
+    def _plain(self, x: torch.Tensor, layers: tuple[nn.Module, ...]) -> bool:
         return (
             x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")

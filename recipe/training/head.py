@@ -196,7 +196,7 @@ class _Head:
             hidden: (positions, hidden), of the weights' dtype.
             slope: float32 zeros (positions, hidden) that take the gradient; None if none is needed.
         """
-        softmax = LabelSoftmax(labels, torch.float32)
+        softmax = LabelSoftmax(labels)
         for first in range(0, len(self._weight), self._tokens):
             piece = slice(first, first + self._tokens)
             others, total, earlier = softmax.add(self._logits(hidden, piece), first)
@@ -244,7 +244,8 @@ class _Head:
 def _scale(weight: torch.Tensor) -> float:
     """What keeps the gradient of unlikely tokens from vanishing in float16, and overflows nothing.
 
-    Quotients sum to 1, so their product with the weights is at most the largest of these.
+    Quotients sum to 1, so their product with the weights is at most the largest of these; half of
+    the range is left to rounding.
     """
     if weight.dtype != torch.float16:
         return 1.0

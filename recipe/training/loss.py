@@ -33,7 +33,7 @@ class _TokenNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        softmax = LabelSoftmax(labels, torch.float32)
+        softmax = LabelSoftmax(labels)
         others, _, _ = softmax.add(logits.to(torch.float32, copy=True))
         if ctx.needs_input_grad[0]:
             slope = others.div_(softmax.total)
@@ -51,7 +51,7 @@ class _TokenNLL(torch.autograd.Function):
 
 
 class LabelSoftmax:
-    """The softmax at K positions, of logits that come in pieces of the vocabulary.
+    """The softmax at K positions, float32, of logits that come in pieces of the vocabulary.
 
     Numerators are relative to the largest logit so far (Milakov and Gimelshein 2018, arXiv
     1805.02867), and the label's is kept out of them: what a likely token lacks to 1 is then a sum
@@ -62,14 +62,14 @@ class LabelSoftmax:
 
     Args:
         labels: int64 (K,).
-        dtype: of the logits, which all else has too.
     """
 
-    def __init__(self, labels: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, labels: torch.Tensor) -> None:
         self._labels = labels
-        self._top = torch.full((len(labels), 1), -math.inf, dtype=dtype, device=labels.device)
+        nothing = torch.zeros(len(labels), 1, dtype=torch.float32, device=labels.device)
+        self._top = nothing - math.inf
         self._own = self._top.clone()
-        self._others = torch.zeros_like(self._top)
+        self._others = nothing
 
     def add(
         self, logits: torch.Tensor, first: int = 0
@@ -77,7 +77,7 @@ class LabelSoftmax:
         """Take the logits of the vocabulary from ``first`` on.
 
         Args:
-            logits: (K, tokens of the piece), overwritten.
+            logits: float32 (K, tokens of the piece), overwritten.
 
         Returns:
             The numerators of all but the label, in the memory of ``logits``; their sum (K, 1); the

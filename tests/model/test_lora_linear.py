@@ -170,7 +170,9 @@ def test_what_is_not_the_plain_case_is_left_to_peft(by_peft, what):
 
 
 @pytest.mark.parametrize(
-    "lora", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 1.0}], ids=str
+    "lora",
+    [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.7}, {"lora_dropout": 1.0}],
+    ids=str,
 )
 def test_other_kinds_of_adapter_are_left_to_peft(by_peft, lora):
     stock, ours = pair(bias=True, **lora)

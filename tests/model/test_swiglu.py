@@ -73,12 +73,22 @@ def test_gradient_by_finite_differences():
     assert torch.autograd.gradcheck(ours, x)
 
 
+def is_one_node(module: nn.Module, x: torch.Tensor) -> bool:
+    return "_Frozen" in type(module(x).grad_fn.next_functions[0][0]).__name__
+
+
+def test_elsewhere_than_on_a_cpu_it_is_not_one_node():
+    ours = exchanged(feed_forward().requires_grad_(False))
+    x = torch.randn(1, 3, HIDDEN, requires_grad=True)
+    assert [is_one_node(ours.to(place), x.to(place)) for place in ("cpu", "meta")] == [True, False]
+
+
 @pytest.mark.parametrize("mlp_bias", [False, True])
 def test_a_frozen_one_is_equal_to_rounding(mlp_bias):
     stock = feed_forward(torch.float64, mlp_bias=mlp_bias).requires_grad_(False)
     ours = exchanged(stock)
     x = torch.randn(1, 3, HIDDEN, dtype=torch.float64, requires_grad=True)
-    assert "_Frozen" in type(ours(x).grad_fn.next_functions[0][0]).__name__
+    assert is_one_node(ours, x)
     found, expected = (there_and_back(m, torch.float64) for m in (ours, stock))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -102,8 +112,9 @@ def test_never_more_is_kept_than_by_stock_code(alone):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_under_autocast():
-    stock = feed_forward()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_under_autocast(frozen):
+    stock = feed_forward().requires_grad_(not frozen)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, expected = (there_and_back(m) for m in (exchanged(stock), stock))
     assert found[0].dtype == torch.bfloat16

@@ -1,5 +1,7 @@
 """The head in chunks: stock gradients, one chunk of memory, fp16 behind a scaler."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -178,52 +180,67 @@ def test_a_hooked_or_thawed_head_is_applied_by_the_model(tiny_checkpoint):
     assert not OutputHead(model).chunked
 
 
+VOCABULARY, WIDTH = 32000, 64
+
+
+class Ways:
+    """Gradients of hidden states by torch, in chunks, and by the plain loss."""
+
+    def __init__(self, weight, labels, bias=None):
+        self.weight, self.labels, self.bias = weight, labels, bias
+
+    def logits(self, states):
+        bias = None if self.bias is None else self.bias.to(states.dtype)
+        return torch.nn.functional.linear(states, self.weight.to(states.dtype), bias)
+
+    def torchs(self, states):
+        return torch.nn.functional.cross_entropy(self.logits(states), self.labels, reduction="none")
+
+    def plain(self, states):
+        return token_nll(self.logits(states), self.labels)
+
+    def chunked(self, states, piece=9000):
+        chunk = 24, piece
+        return head_module._ChunkedNLL.apply(
+            states, self.weight, self.bias, self.labels, 1.0, chunk
+        )
+
+    def errors(self, hidden, *ways):
+        """Of each way, relative to torch's in float64."""
+
+        def gradient(nll, dtype=torch.float32):
+            states = hidden.to(dtype, copy=True).requires_grad_()
+            nll(states).sum().backward()
+            return states.grad.double()
+
+        exact = gradient(self.torchs, torch.float64)
+        return [float((gradient(one) - exact).norm() / exact.norm()) for one in ways]
+
+
 def test_gradients_are_nearer_to_float64_than_torchs():
     """Of a vocabulary and logits as large as real ones, in several chunks, the last one shorter."""
     generator = torch.Generator().manual_seed(0)
     # Real heads have a mean that all hidden states lie along.
-    weight = 0.3 * torch.randn(32000, 64, generator=generator) + 0.3
-    hidden = 1.5 + torch.randn(100, 64, generator=generator)
-    labels = torch.randint(32000, (100,), generator=generator)
-
-    def gradient(nll, dtype=torch.float32) -> torch.Tensor:
-        states = hidden.to(dtype, copy=True).requires_grad_()
-        nll(states).sum().backward()
-        return states.grad.double()
-
-    def torchs(states):
-        logits = states @ weight.to(states.dtype).T
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-
-    def ours(states):
-        return head_module._ChunkedNLL.apply(states, weight, None, labels, 1.0, (24, 9000))
-
-    exact = gradient(torchs, torch.float64)
-    errors = [float((gradient(one) - exact).norm() / exact.norm()) for one in (ours, torchs)]
-    assert errors[0] < errors[1] / 2, errors
+    weight = 0.3 * torch.randn(VOCABULARY, WIDTH, generator=generator) + 0.3
+    hidden = 1.5 + torch.randn(100, WIDTH, generator=generator)
+    labels = torch.randint(VOCABULARY, (100,), generator=generator)
+    ways = Ways(weight, labels)
+    ours, torchs = ways.errors(hidden, ways.chunked, ways.torchs)
+    assert ours < torchs / 2, (ours, torchs)
 
 
-@pytest.mark.parametrize("piece", [9000, 32000])
-def test_a_token_that_is_almost_certain_has_its_small_gradient(piece):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("piece", [9000, VOCABULARY])
+def test_a_token_that_is_almost_certain_has_its_small_gradient(piece, biased):
     """1 - p by subtraction is rounding: most of what is left to learn from a memorised row."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(32000, 64, generator=generator)
-    labels = torch.randint(32000, (40,), generator=generator)
-    hidden = weight[labels] * 0.5  # probabilities of 1 - 1e-7 and nearer to 1
-
-    def gradient(nll, dtype=torch.float32):
-        states = hidden.to(dtype, copy=True).requires_grad_()
-        nll(states).sum().backward()
-        return states.grad.double()
-
-    def torchs(states):
-        logits = states @ weight.to(states.dtype).T
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-
-    def in_chunks(states):
-        return head_module._ChunkedNLL.apply(states, weight, None, labels, 1.0, (24, piece))
-
-    exact = gradient(torchs, torch.float64)
-    ways = in_chunks, lambda states: token_nll(states @ weight.T, labels), torchs
-    errors = [float((gradient(one) - exact).norm() / exact.norm()) for one in ways]
-    assert max(errors[:2]) < 1e-4 < errors[2], errors
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    labels = torch.randint(VOCABULARY, (40,), generator=generator)
+    hidden = weight[labels] * 0.7
+    bias = torch.randn(VOCABULARY, generator=generator) if biased else None
+    ways = Ways(weight, labels, bias)
+    assert float(ways.torchs(hidden.double()).max()) < 2e-4  # lack to 1, all of them
+    chunked, plain, torchs = ways.errors(
+        hidden, partial(ways.chunked, piece=piece), ways.plain, ways.torchs
+    )
+    assert max(chunked, plain) < 1e-4 < torchs, (chunked, plain, torchs)
