@@ -14,7 +14,7 @@ import numpy as np
 
 from recipe.data.tokens import TokenizedRow
 
-# Taking over an opening copies its queries, keys and values in each layer.
+# Taking over an opening copies its keys and values, by SDPA its queries too, in each layer.
 _WORTH_A_COPY = 8
 # Below this share of the tokens the copies cost as much as they save.
 _WORTH_IT = 0.03

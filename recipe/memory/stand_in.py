@@ -15,11 +15,13 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from recipe.model import attention
 from recipe.model.feed_forward import checkpoint_feed_forward
 from recipe.model.lora import add_lora
 from recipe.model.lora_linear import JoinedLinear
+from recipe.model.swiglu import SwiGLU
 from recipe.settings import Settings, plain
 
 _4BIT_BLOCK = 64  # weights that share a scale
@@ -110,6 +112,10 @@ def _adapt_as_on_cuda(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is JoinedLinear:
             module.__class__ = Linear
+        if isinstance(module, LlamaAttention):
+            module.__class__ = LlamaAttention
+        if isinstance(module, SwiGLU):
+            module.one_node = False
         if isinstance(module, LoraLayer):
             for name, dropout in module.lora_dropout.items():
                 if isinstance(dropout, nn.Dropout):

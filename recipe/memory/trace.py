@@ -41,7 +41,7 @@ class Trace:
     ``layer_weights`` are those of one layer. ``peaks`` holds for each phase (forward, loss,
     backward, evaluation) what lives at its peak beyond weights and optimizer state, by kind.
     ``saved`` lives between forward and backward pass. ``flops`` are those of matrix products,
-    ``attention_flops`` of attention, of long rows as if each were as long as the longest,
+    ``attention_flops`` of attention kernels, of long rows as if each were as long as the longest,
     ``written`` the bytes of all results, of a micro-batch.
     """
 

@@ -1,8 +1,8 @@
 """Attention over a flattened batch in which no row can see another.
 
-Registered through transformers' attention interface, so no model code is patched. The row borders
-and shared openings come from the batch (``row_lengths`` and ``openings``, see
-``recipe.data.batch.flatten``).
+Registered through transformers' attention interface. The row borders and shared openings come from
+the batch (``row_lengths`` and ``openings``, see ``recipe.data.batch.flatten``). In single precision
+on a CPU, ``recipe.model.cpu_attention`` goes before it.
 """
 
 from collections.abc import Iterator
@@ -128,9 +128,7 @@ def _varlen(
     scaling: float | None,
 ) -> torch.Tensor:
     """All rows in one kernel, (1, T, heads, head_dim)."""
-    # Tensors without memory must not outlive what made them.
-    expansion = _expansion if _ASSUMED_VARLEN.get() is None else _expansion.__wrapped__
-    places, own, borders = expansion(tuple(lengths), tuple(openings), query.device)
+    places, own, borders = places_of_rows(tuple(lengths), tuple(openings), query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if places is not None:
         q, k, v = q[places], k[places], v[places]
@@ -151,13 +149,21 @@ def _varlen(
     return (out if own is None else out[own])[None]
 
 
-@lru_cache(maxsize=2)  # every layer of a micro-batch asks for the same, twice with checkpointing
-def _expansion(
+def places_of_rows(
     lengths: tuple[int, ...], openings: tuple[int, ...], device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Where in the sequence each token of each whole row lies, which of these are own, int64, and
     int32 borders of the whole rows. The first two are None where nothing is shared.
     """
+    # Tensors without memory must not outlive what made them.
+    made = _places if _ASSUMED_VARLEN.get() is None else _places.__wrapped__
+    return made(lengths, openings, device)
+
+
+@lru_cache(maxsize=2)  # every layer of a micro-batch asks for the same, twice with checkpointing
+def _places(
+    lengths: tuple[int, ...], openings: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     whole = np.add(lengths, openings)
     borders = torch.tensor([0, *whole.cumsum()], dtype=torch.int32).to(device)
     if not any(openings):

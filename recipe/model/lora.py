@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from recipe.model.cpu_attention import attend_at_once
 from recipe.model.dropout import quicken
 from recipe.model.last_layer import end_where_nothing_is_predicted
 from recipe.model.lora_linear import join_adapters
@@ -67,6 +68,7 @@ def add_lora(
                 parameter.data = parameter.data.float()
     quicken(model)
     join_adapters(model)
+    attend_at_once(model)
     keep_two_factors(model)
     shorten_norms(model)
     end_where_nothing_is_predicted(model)

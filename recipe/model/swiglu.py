@@ -27,10 +27,18 @@ def keep_two_factors(model: nn.Module) -> None:
     """Exchange the class of every ``LlamaMLP`` in ``model`` whose activation is SiLU."""
     for module in model.modules():
         if type(module) is LlamaMLP and isinstance(module.act_fn, _SILU):
-            module.__class__ = _SwiGLU
+            module.__class__ = SwiGLU
 
 
-class _SwiGLU(LlamaMLP):  # type: ignore[misc]
+class SwiGLU(LlamaMLP):  # type: ignore[misc]
+    """``LlamaMLP``.
+
+    Attributes:
+        one_node: as on a CPU; False for a forecast, on tensors of a CPU, of a device elsewhere.
+    """
+
+    one_node = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., hidden) → the same."""
         layers = self.gate_proj, self.up_proj, self.down_proj
@@ -48,7 +56,8 @@ class _SwiGLU(LlamaMLP):  # type: ignore[misc]
 
     def _plain(self, x: torch.Tensor, layers: tuple[nn.Module, ...]) -> bool:
         return (
-            x.device.type == "cpu"
+            self.one_node
+            and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
             and all(type(layer) is nn.Linear and layer.weight.dtype == x.dtype for layer in layers)
             and not any(map(hooked, (*layers, self.act_fn)))

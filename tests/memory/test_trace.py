@@ -205,7 +205,7 @@ def test_products_are_those_that_torch_counts(settings, overrides):
     with FlopCounterMode(display=False) as counter:
         real.step()
     counted = counter.get_flop_counts()["Global"]
-    products = {"mm", "addmm", "bmm"}
+    products = {"mm", "addmm", "bmm", "baddbmm"}
     assert found.flops == sum(n for op, n in counted.items() if str(op).split(".")[-1] in products)
 
 

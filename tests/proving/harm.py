@@ -14,7 +14,7 @@ import recipe.answerer
 import recipe.finetune
 import recipe.keeping
 import recipe.run_data
-from recipe.model import attention
+from recipe.model import cpu_attention
 from recipe.proving import gradients, texts, trained
 from recipe.training import arguments, build, head
 from recipe.training.flow import FrozenInputs
@@ -37,7 +37,9 @@ def mean_of_means(own, self, *args, num_items_in_batch=None, **named):
     return own(self, *args, **named) / self.current_gradient_accumulation_steps
 
 
-def one_row_of_all(own, *args, row_lengths, openings=None, **named):
+def one_row_of_all(own, *args, row_lengths=None, openings=None, **named):
+    if row_lengths is None:
+        return own(*args, **named)
     return own(*args, row_lengths=[sum(row_lengths)], **named)
 
 
@@ -46,12 +48,12 @@ def double_positions(own, *args, **named):
     return {**batch, "position_ids": 2 * batch["position_ids"]}
 
 
-def weak_openings(own, x, lengths, openings):
-    factors = [
-        torch.where(torch.arange(n + opening) < opening, 0.5, 1.0)[:, None]
-        for n, opening in zip(lengths, openings, strict=True)
-    ]
-    return [row * factor for row, factor in zip(own(x, lengths, openings), factors, strict=True)]
+def late_openings(own, lengths, openings, device):
+    places, of_own, borders = own(lengths, openings, device)
+    if places is not None:
+        of_opening = torch.ones_like(places, dtype=torch.bool).index_fill(0, of_own, False)
+        places = torch.where(of_opening, places + 1, places)
+    return places, of_own, borders
 
 
 def last_chunk_without_gradient(own, self, output, labels):
@@ -134,15 +136,15 @@ BUGS: dict[str, tuple[str, Bug]] = {
     ),
     "rows see each other": (
         gradients.FLATTENED,
-        _instead(attention, "per_row_sdpa", one_row_of_all),
+        _instead(cpu_attention._Attention, "forward", one_row_of_all),
     ),
     "positions count by two": (
         gradients.FLATTENED,
         _instead(build, "flatten", double_positions),
     ),
-    "openings are taken over at half their size": (
+    "openings are taken over from a token later": (
         gradients.OPENINGS,
-        _instead(attention, "_whole_rows", weak_openings),
+        _instead(cpu_attention, "places_of_rows", late_openings),
     ),
     "the last chunk has no gradient": (
         gradients.CHUNKED,
