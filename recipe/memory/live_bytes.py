@@ -24,8 +24,6 @@ _PRODUCTS = {
     torch.ops.aten.addmm.default,
     torch.ops.aten.addmm.out,
     torch.ops.aten.bmm.default,
-    torch.ops.aten.bmm.out,
-    torch.ops.aten.baddbmm.out,
     torch.ops.aten._int_mm.default,
 }
 # Attention that computes half of each square; place of the query among the arguments, and products

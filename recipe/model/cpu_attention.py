@@ -139,8 +139,7 @@ class _Attended(torch.autograd.Function):
         attended, kept = torch.empty_like(queries), []
         for block in layout.blocks():
             probabilities = _probabilities(queries, keys, block)
-            out = attended[:, block.queries]
-            torch.bmm(probabilities, values[:, block.keys], out=out)
+            attended[:, block.queries] = torch.bmm(probabilities, values[:, block.keys])
             if any(ctx.needs_input_grad) and layout.keeps(block, dim):
                 kept.append(probabilities)
         ctx.save_for_backward(queries, keys, values, cos, sin, places, *kept)
@@ -154,33 +153,31 @@ class _Attended(torch.autograd.Function):
         layout, heads, dim = ctx.layout, ctx.layout.heads, cos.shape[-1]
         of_attended = _by_head(outer, heads, dim).flatten(1, 2)
         of_queries = torch.empty_like(queries)
-        of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
+        by_token = [keys.new_zeros(keys.shape[1], len(keys) * dim) for _ in range(2)]
+        of_keys, of_values = (_by_head(x, 1, dim).squeeze(2) for x in by_token)
         left = iter(kept)
         for block in layout.blocks():
             if layout.keeps(block, dim):
                 probabilities = next(left)
             else:
                 probabilities = _probabilities(queries, keys, block)
-            g, of_query = of_attended[:, block.queries], of_queries[:, block.queries]
-            of_key, of_value = of_keys[:, block.keys], of_values[:, block.keys]
-            torch.baddbmm(of_value, probabilities.mT, g, out=of_value)
+            g = of_attended[:, block.queries]
+            of_values[:, block.keys] += torch.bmm(probabilities.mT, g)
             of_scores = torch.bmm(g, values[:, block.keys].mT)
             of_scores = torch._softmax_backward_data(of_scores, probabilities, -1, g.dtype)
-            torch.bmm(of_scores, keys[:, block.keys], out=of_query)
+            of_queries[:, block.queries] = torch.bmm(of_scores, keys[:, block.keys])
             if ctx.needs_input_grad[1]:  # not in the lowest layer that learns
-                torch.baddbmm(of_key, of_scores.mT, queries[:, block.queries], out=of_key)
+                of_keys[:, block.keys] += torch.bmm(of_scores.mT, queries[:, block.queries])
         if places is not None:
-            of_keys, of_values = (
-                x.new_zeros(len(x), len(cos), dim).index_add_(1, places, x)
-                for x in (of_keys, of_values)
-            )
+            by_token = [
+                x.new_zeros(len(cos), x.shape[1]).index_add_(0, places, x) for x in by_token
+            ]
         # A turn back is one by -sin; each half goes with the other's, as it does on the way there.
         back = -sin.roll(dim // 2, -1)
         scaled = cos * layout.scaling, back * layout.scaling
         of_query = _turned(of_queries.view(len(keys), -1, heads, dim), *scaled)
-        of_key = _turned(of_keys.unsqueeze(2), cos, back)
-        gradients = _by_token(of_query, heads), _by_token(of_key, 1), _by_token(of_values, 1)
-        return *gradients, None, None, None
+        of_key = _turned(_by_head(by_token[0], 1, dim), cos, back)
+        return _by_token(of_query, heads), _by_token(of_key, 1), by_token[1], None, None, None
 
 
 def _probabilities(queries: torch.Tensor, keys: torch.Tensor, block: _Block) -> torch.Tensor:

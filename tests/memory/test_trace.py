@@ -15,8 +15,9 @@ from recipe.data.tokens import TokenizedRow
 from recipe.memory import trace as trace_module
 from recipe.memory.live_bytes import GRADIENTS, RECOMPUTED, SAVED
 from recipe.memory.trace import Trace, traced
-from recipe.model import attention
+from recipe.model import attention, lora
 from recipe.model.lora import add_lora
+from recipe.model.swiglu import SwiGLU
 from recipe.settings import Settings, load_settings
 from recipe.training.head import OutputHead
 from recipe.training.loss import TokenLoss
@@ -205,8 +206,21 @@ def test_products_are_those_that_torch_counts(settings, overrides):
     with FlopCounterMode(display=False) as counter:
         real.step()
     counted = counter.get_flop_counts()["Global"]
-    products = {"mm", "addmm", "bmm", "baddbmm"}
+    products = {"mm", "addmm", "bmm"}
     assert found.flops == sum(n for op, n in counted.items() if str(op).split(".")[-1] in products)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_computed_on_a_cpu_alone_is_not_foreseen_of_a_gpu(settings, monkeypatch, dtype):
+    def foreseen() -> Trace:
+        asked, some = settings(f"model.dtype={dtype}", "lora.r=8"), rows(120, 90)
+        return traced(shape(), asked, some, device="cuda", share_openings=True)
+
+    found = foreseen()
+    monkeypatch.setattr(lora, "attend_at_once", lambda model: None)
+    monkeypatch.setattr(lora, "join_adapters", lambda model: None)
+    monkeypatch.setattr(SwiGLU, "_plain", lambda *_: False)
+    assert found == foreseen()
 
 
 def test_checkpointing_keeps_a_layers_input_and_computes_the_rest_again(settings):
