@@ -1,8 +1,8 @@
 """Attention over a flattened batch in which no row can see another.
 
 Registered through transformers' attention interface. The row borders and shared openings come from
-the batch (``row_lengths`` and ``openings``, see ``recipe.data.batch.flatten``). In single precision
-on a CPU, ``recipe.model.cpu_attention`` goes before it.
+the batch (``row_lengths`` and ``openings``, see ``recipe.data.batch.flatten``). In float32 and
+float64 on a CPU, ``recipe.model.cpu_attention`` goes before it.
 """
 
 from collections.abc import Iterator

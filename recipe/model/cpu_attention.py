@@ -140,7 +140,7 @@ class _Attended(torch.autograd.Function):
         for block in layout.blocks():
             probabilities = _probabilities(queries, keys, block)
             attended[:, block.queries] = torch.bmm(probabilities, values[:, block.keys])
-            if any(ctx.needs_input_grad) and layout.keeps(block, dim):
+            if layout.keeps(block, dim):
                 kept.append(probabilities)
         ctx.save_for_backward(queries, keys, values, cos, sin, places, *kept)
         ctx.layout = layout

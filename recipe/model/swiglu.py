@@ -31,7 +31,7 @@ def keep_two_factors(model: nn.Module) -> None:
 
 
 class SwiGLU(LlamaMLP):  # type: ignore[misc]
-    """``LlamaMLP``.
+    """``LlamaMLP`` that keeps less.
 
     Attributes:
         one_node: as on a CPU; False for a forecast, on tensors of a CPU, of a device elsewhere.

@@ -128,7 +128,7 @@ def test_no_openings(stock_calls, openings):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_single_precision_is_no_further_from_exact_than_stock_code(rows):
+def test_single_precision_is_about_as_near_to_exact_as_stock_code(rows):
     lengths, openings = ROWS[rows]
     stock = layer()
     exact = by_hand(stock, *inputs(lengths, openings), lengths, openings)
