@@ -89,8 +89,10 @@ chat: setup ## talk with the newest adapter in this terminal; ADAPTER, STRATEGY 
 test: setup .venv/.dev ## the test suite (no network, no GPU)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(ARGS)
 
+# Two at a time, since most of them wait for a start or for a disk. In the files' own order the
+# longest ones are not the last.
 test-slow: setup .venv/.browser .venv/.deepspeed ## the tests that take minutes
-	@$(PY) -m pytest -q -m "slow and not gpu" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: setup .venv/.dev ## the tests that need a CUDA device
 	@$(PY) -m pytest -q -m gpu $(ARGS)

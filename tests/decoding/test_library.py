@@ -1,5 +1,7 @@
 """Token for token what transformers does, where it still has the strategy; starter model."""
 
+import functools
+
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
@@ -21,6 +23,19 @@ def answerer(starter, tmp_path_factory):
     return load_answerer(
         adapter="none", model=str(starter), template=None, runs=tmp_path_factory.mktemp("runs")
     )
+
+
+@pytest.fixture(scope="module")
+def expected(answerer):
+    """The library's answers by its settings: several strategies are to give the same ones."""
+    model = LlamaForCausalLM.from_pretrained(answerer.model.name_or_path)
+    encoded = answerer.encode([Prompt(i, question) for i, question in enumerate(QUESTIONS)])
+
+    @functools.cache
+    def answers(*given):
+        return [library(model, prompt.ids, **dict(given)) for prompt in encoded]
+
+    return answers
 
 
 def library(model, ids, **given):
@@ -45,16 +60,15 @@ def library(model, ids, **given):
     ],
     ids=str,
 )
-def test_fifty_prompts_in_batches_are_fifty_calls_of_the_library(answerer, ours, theirs):
-    length = 20
+def test_fifty_prompts_in_batches_are_fifty_calls_of_the_library(answerer, expected, ours, theirs):
+    length = 12
     prompts = [Prompt(i, question) for i, question in enumerate(QUESTIONS)]
     encoded = answerer.encode(prompts)
     settings = generation_settings({"max_new_tokens": length, **ours})
     found = [a for (a, *_) in answerer.decoder(settings).answers(encoded, batch_size=25)]
-    model = LlamaForCausalLM.from_pretrained(answerer.model.name_or_path)
-    for prompt, answer in zip(encoded, found, strict=True):
-        expected = library(model, prompt.ids, max_new_tokens=length, **theirs)
-        assert answer.ids == expected, QUESTIONS[prompt.index]
+    by_library = expected(("max_new_tokens", length), *theirs.items())
+    for question, answer, alone in zip(QUESTIONS, found, by_library, strict=True):
+        assert answer.ids == alone, question
 
 
 def test_a_few_prompts_are_the_librarys(answerer):

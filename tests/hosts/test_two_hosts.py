@@ -26,10 +26,9 @@ def command(folder, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["2", "4"])
-def test_a_run_that_lost_a_host_ends_as_if_it_had_not(hosts, tmp_path, processes):
+def test_a_run_that_lost_a_host_ends_as_if_it_had_not(hosts, tmp_path):
     result = subprocess.run(
-        command(tmp_path, "--processes", processes),
+        command(tmp_path, "--processes", "4"),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
